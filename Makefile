@@ -1,0 +1,36 @@
+# Each target sets up .venv on its first use (and again when pyproject.toml or constraints.txt
+# changed). Needs Python >= 3.11 with venv and pip; nothing is installed outside .venv.
+#   make demo SEEDS=5            PYTHON=python3.12 make test
+# constraints.txt says how to take a torch without CUDA.
+PYTHON ?= python3
+SEEDS ?= 1
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help demo test check
+
+help:
+	@echo "make demo   compare selection methods on a small model; leaves runs/demo/report.html (SEEDS=$(SEEDS))"
+	@echo "make test   run every test"
+	@echo "make check  lint, check types, run the fast tests"
+
+demo: $(INSTALLED)
+	@echo "== Demo: $(SEEDS) seed(s) on this machine's CPU, into runs/demo"
+	$(BIN)/python -m onlinesel.recipes.demo --seeds $(SEEDS) --output runs/demo
+	@echo "== Done. Open runs/demo/report.html"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "== Installing onlinesel and its tools into .venv (the first time takes some minutes)"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet \
+		--constraint constraints.txt --editable ".[dev]"
+	touch $@

@@ -1,0 +1,216 @@
+"""Wrapping a trainer's bound methods, and refusing what cannot be exact before step 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from onlinesel.callbacks._rows import ROW_ID
+from torch import nn
+
+from onlinesel.scoring import CausalLMScorer
+from onlinesel.step import SCOPES
+from onlinesel.types import Strategy
+
+__all__ = [
+    "carried_columns",
+    "check_arguments",
+    "check_trainer",
+    "is_sft",
+    "overridden",
+    "refuse",
+]
+
+_MISSING = object()
+
+
+@contextmanager
+def overridden(owner: Any, values: Mapping[str, Any]) -> Iterator[None]:
+    """Set attributes of one instance, and leave its ``__dict__`` afterwards as it was."""
+    before = {name: owner.__dict__.get(name, _MISSING) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        restore(owner, before)
+
+
+def restore(owner: Any, before: Mapping[str, Any]) -> None:
+    """Put instance attributes back; those that were the class's own are taken off."""
+    for name, value in before.items():
+        if value is _MISSING:
+            owner.__dict__.pop(name, None)
+        else:
+            owner.__dict__[name] = value
+
+
+def wrap(owner: Any, methods: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
+    """Put methods over an instance's; returns what :func:`restore` needs."""
+    before = {name: owner.__dict__.get(name, _MISSING) for name in methods}
+    owner.__dict__.update(methods)
+    return before
+
+
+def refuse(argument: str, rule: str, got: object, remedy: str) -> None:
+    """Raise the designed error of the callback."""
+    raise ValueError(f"OnlineSelection: {argument} must be {rule}, got {got}. {remedy}")
+
+
+def is_sft(trainer: Any) -> bool:
+    """Return whether the trainer is TRL's SFTTrainer, whose loss comes from its fused head."""
+    return any(cls.__name__ == "SFTTrainer" for cls in type(trainer).__mro__)
+
+
+def check_arguments(candidates: object, scope: str, normalize: str) -> None:
+    """Check what needs no trainer."""
+    if not isinstance(candidates, int) or isinstance(candidates, bool) or candidates < 1:
+        refuse(
+            "candidates", "an integer >= 1", repr(candidates), "Use 1 to weigh without dropping."
+        )
+    if scope not in SCOPES:
+        refuse("scope", f"one of {', '.join(SCOPES)}", repr(scope), "See the docstring.")
+    if normalize not in ("tokens", "samples"):
+        refuse("normalize", "'tokens', 'samples' or None", repr(normalize), "See the docstring.")
+
+
+def check_trainer(
+    trainer: Any,
+    strategy: Strategy,
+    *,
+    candidates: int,
+    weighs: bool,
+    default_scorer: bool,
+    reference: nn.Module | str | None,
+) -> None:
+    """Refuse trainers and settings whose gradient would not be the one that is promised."""
+    if not hasattr(trainer, "get_batch_samples") or hasattr(trainer, "num_generations"):
+        refuse(
+            "trainer",
+            "a transformers Trainer or TRL SFTTrainer",
+            type(trainer).__name__,
+            "RL trainers choose rollouts, not rows of a dataset.",
+        )
+    if getattr(trainer.get_batch_samples, "__self__", trainer) is not trainer:
+        refuse(
+            "trainer",
+            "without another OnlineSelection",
+            "one that is attached already",
+            "Combine methods with Chain, or detach() the first.",
+        )
+    args = trainer.args
+    parallel = {n: getattr(trainer, f"get_{n}_size")() for n in ("tp", "cp", "sp")}
+    strategies = (getattr(args, "train_sampling_strategy", "random"), candidates)
+    for bad, argument, rule, got, remedy in (
+        (args.n_gpu > 1, "n_gpu", "at most 1 per process", args.n_gpu,
+         "Start one process per GPU with torchrun: DataParallel splits rows behind the loss."),
+        (args.auto_find_batch_size, "auto_find_batch_size", "off", True,
+         "A retried step would be chosen twice. Set the batch size yourself."),
+        (max(parallel.values()) > 1, "tensor, context and sequence parallel sizes", "1", parallel,
+         "Use data parallelism (DDP, FSDP, DeepSpeed)."),
+        (strategies[0] == "batch_rebalance", "train_sampling_strategy", "not 'batch_rebalance'",
+         strategies[0], "It sizes its batches itself. Use 'group_by_length'."),
+        (getattr(trainer, "padding_free", False), "padding_free", "off", True,
+         "A flattened batch has no rows to choose. Set packing=False and padding_free=False in "
+         "SFTConfig, or pack with packing_strategy='wrapped' to choose whole packed rows."),
+        (not trainer.model_accepts_loss_kwargs and trainer.compute_loss_func is None, "model",
+         "one whose forward takes num_items_in_batch", type(trainer.model).__name__,
+         "Without it the trainer averages each micro-batch alone and no exact mean exists. Accept "
+         "**kwargs in forward and pass them to the loss."),
+        (weighs and _own_loss(trainer) is not None, "loss", "the model's own for row weights",
+         _own_loss(trainer), "Turn it off, use normalize='tokens' and a method without weights."),
+    ):  # fmt: skip
+        if bad:
+            refuse(argument, rule, got, remedy)
+    _check_data(trainer, strategy, candidates)
+    _check_model(trainer, strategy, default_scorer, reference)
+
+
+def _own_loss(trainer: Any) -> str | None:
+    """Name the setting that takes the loss away from the model, where weights cannot reach it."""
+    if trainer.compute_loss_func is not None:
+        return "compute_loss_func"
+    if trainer.label_smoother is not None:
+        return "label_smoothing_factor"
+    if getattr(trainer.args, "use_liger_kernel", False):
+        return "use_liger_kernel"
+    loss_type = getattr(trainer.args, "loss_type", None)
+    return f"loss_type={loss_type!r}" if is_sft(trainer) and loss_type == "dft" else None
+
+
+def _check_data(trainer: Any, strategy: Strategy, candidates: int) -> None:
+    dataset, args = trainer.train_dataset, trainer.args
+    size = len(dataset) if hasattr(dataset, "__len__") else None
+    if dataset is None or size == 0:
+        refuse("train_dataset", "a dataset with rows", "none", "Give the trainer its dataset.")
+    planned = None if size is None else strategy.epoch_plan(size, epoch=0, seed=0)
+    if planned is not None and candidates > 1:
+        refuse(
+            "candidates", "1 for a method that plans whole epochs", candidates,
+            f"{type(strategy).__name__} already decides which rows the loader reads.",
+        )  # fmt: skip
+    if size is None and type(strategy).epoch_plan is not Strategy.epoch_plan:
+        # Chain and When override it as well; only a plan they would make is a reason to refuse.
+        if strategy.epoch_plan(1024, epoch=0, seed=0) is not None:
+            refuse(
+                "train_dataset", "a dataset with a length for an epoch plan", "a stream",
+                "Use a map-style dataset.",
+            )  # fmt: skip
+    wanted = args.train_batch_size * candidates * args.world_size
+    if size is not None and args.dataloader_drop_last and size < wanted:
+        refuse(
+            "train_dataset", f"at least one batch of {wanted} candidates", f"{size} rows",
+            "Lower candidates or the batch size, or set dataloader_drop_last=False.",
+        )  # fmt: skip
+
+
+def _check_model(
+    trainer: Any, strategy: Strategy, default_scorer: bool, reference: nn.Module | str | None
+) -> None:
+    if not default_scorer:
+        return
+    needs = [name for name in strategy.needs if name not in ("ids", "tokens")]
+    CausalLMScorer(needs)
+    head = getattr(trainer.model, "get_output_embeddings", lambda: None)()
+    if needs and head is None:
+        refuse(
+            "model", "a causal language model with an LM head", type(trainer.model).__name__,
+            f"{type(strategy).__name__} needs {', '.join(needs)}; pass scorer= for other models.",
+        )  # fmt: skip
+    if "reference_loss" in needs and reference is None:
+        refuse(
+            "reference", "a model, 'adapter' or a column of losses", None,
+            f"{type(strategy).__name__} compares the loss with it.",
+        )  # fmt: skip
+    if reference == "adapter" and not hasattr(trainer.model, "disable_adapter"):
+        refuse(
+            "reference", "a model or a column where no PEFT adapter is", "'adapter'",
+            "Train with a PEFT adapter, or give the reference model.",
+        )  # fmt: skip
+
+
+def carried_columns(trainer: Any, ids: str, reference: nn.Module | str | None) -> dict[str, str]:
+    """Return which feature keys ride to which batch keys.
+
+    Raises:
+        ValueError: A named column is not in the dataset.
+    """
+    dataset = trainer.train_dataset
+    known = getattr(dataset, "column_names", None)
+    columns: dict[str, str] = {}
+    if ids == "auto" and "sample_id" in (known or ()):
+        columns["sample_id"] = ROW_ID
+    elif ids == "auto" and hasattr(dataset, "__len__"):
+        columns[ROW_ID] = ROW_ID
+    elif ids not in ("auto", "hash"):
+        columns[ids] = ROW_ID
+    if isinstance(reference, str) and reference != "adapter":
+        columns[reference] = "reference_loss"
+    for name in columns:
+        if name != ROW_ID and known is not None and name not in known:
+            refuse(
+                "ids and reference", "columns of the training dataset", repr(name),
+                f"The columns are {', '.join(known)}.",
+            )  # fmt: skip
+    return columns

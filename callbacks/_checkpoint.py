@@ -1,0 +1,80 @@
+"""Selection state on disk: tensors as safetensors, the rest as JSON, written atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+__all__ = ["load_selection", "save_selection"]
+
+_FORMAT = 1
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never half of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def save_selection(
+    folder: str | Path, tensors: dict[str, Tensor], facts: dict[str, Any], *, rank: int | None
+) -> None:
+    """Write one state.
+
+    Args:
+        folder: The checkpoint; made if missing.
+        tensors: Flat state.
+        facts: What JSON can hold; checked again on load.
+        rank: Process the state belongs to, None if all share it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = "selection" if rank is None else f"selection-rank{rank}"
+    content = save({name: value.contiguous() for name, value in tensors.items()})
+    _write(folder / f"{stem}.safetensors", content)
+    # The JSON comes last and names the digest: it never vouches for tensors that are not there.
+    document = {"format": _FORMAT, "sha256": hashlib.sha256(content).hexdigest(), **facts}
+    _write(folder / f"{stem}.json", json.dumps(document, indent=1).encode())
+
+
+def load_selection(
+    folder: str | Path, *, rank: int | None
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Read one state; None if the checkpoint holds no selection state at all.
+
+    Raises:
+        ValueError: The files are incomplete, damaged or of an unknown format, or belong to
+            another number of processes.
+    """
+    folder = Path(folder)
+    stem = "selection" if rank is None else f"selection-rank{rank}"
+    found = sorted(p.name for p in folder.glob("selection*") if p.suffix != ".tmp")
+    if not found:
+        return None
+    try:
+        content = (folder / f"{stem}.safetensors").read_bytes()
+        facts = json.loads((folder / f"{stem}.json").read_bytes())
+        whole = facts["sha256"] == hashlib.sha256(content).hexdigest()
+    except (FileNotFoundError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"OnlineSelection: checkpoint must hold {stem}.json and {stem}.safetensors, got "
+            f"{found} in {folder} ({type(error).__name__}). Resume from another checkpoint, with "
+            "the scope and the number of processes that wrote it."
+        ) from error
+    if not whole or facts.get("format") != _FORMAT:
+        raise ValueError(
+            f"OnlineSelection: selection state must be whole and of format {_FORMAT}, got format "
+            f"{facts.get('format')} and {len(content)} bytes that do not match their digest in "
+            f"{folder}. Resume from another checkpoint."
+        )
+    return load(content), facts

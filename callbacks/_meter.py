@@ -1,0 +1,125 @@
+"""What a run did with its data and what that cost, for the log and for the report."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from onlinesel.report.runlog import RunLog
+from onlinesel.selector import describe
+from onlinesel.step import StepPlan
+
+__all__ = ["StepMeter"]
+
+
+class StepMeter:
+    """Collect the decisions and times of the steps.
+
+    Args:
+        record: Where every decision is written down: a folder, a :class:`RunLog` that the caller
+            has started, or None.
+        facts: Entries of ``run.json``, used if ``record`` is a folder.
+    """
+
+    def __init__(self, record: str | Path | RunLog | None, facts: dict[str, Any]) -> None:
+        self._record, self._facts = record, facts
+        self._log: RunLog | None = None
+        self._sums: dict[str, float] = defaultdict(float)
+        self._steps = 0
+        self._plan: StepPlan | None = None
+        self.seconds = self.cpu_seconds = 0.0
+        self.rows = self.candidates = 0
+
+    def start(self, resume_step: int, writes: bool) -> None:
+        """Begin a run; ``writes`` on the one process that keeps the record."""
+        self._sums.clear()
+        self._steps, self._plan = 0, None
+        if self._record is None or not writes:
+            return
+        if isinstance(self._record, RunLog):
+            self._log = self._record
+            return
+        self._log = RunLog(self._record, resume_step=resume_step)
+        self._log.start(**self._facts)
+
+    def fetch(self) -> None:
+        """Note that a step begins, with the loading of its candidates."""
+        self._began = time.perf_counter(), time.process_time()
+
+    def decided(self, plan: StepPlan) -> None:
+        """Note a step's decisions."""
+        self._plan = plan
+        for signals, selection in plan.decisions:
+            for name, value in describe(signals, selection).items():
+                self._sums[name] += value / len(plan.decisions)
+
+    def end(self, step: int) -> None:
+        """Note that the step which was decided has trained."""
+        plan, self._plan = self._plan, None
+        if plan is None:
+            return
+        wall, cpu = self._began
+        seconds = time.perf_counter() - wall
+        self.seconds += seconds
+        self.cpu_seconds += time.process_time() - cpu
+        self.rows += sum(int((s.weights > 0).sum()) for _, s in plan.decisions)
+        self.candidates += sum(s.size for s, _ in plan.decisions)
+        self._sums["score_seconds"] += plan.seconds
+        self._sums["step_seconds"] += seconds
+        self._steps += 1
+        if self._log is not None:
+            self._write(self._log, plan, step, seconds)
+
+    def _write(self, log: RunLog, plan: StepPlan, step: int, seconds: float) -> None:
+        ids, weights, scores, tokens = [], [], [], []
+        for signals, selection in plan.decisions:
+            ids += signals.row_ids().tolist()
+            weights += selection.weights.tolist()
+            tokens += [] if signals.tokens is None else signals.tokens.tolist()
+            scores += [] if selection.scores is None else selection.scores.tolist()
+        log.choice(step, ids, weights, scores or None, tokens or None)
+        log.step(
+            step=step,
+            seconds=self.seconds,
+            cpu_seconds=self.cpu_seconds,
+            rows=self.rows,
+            candidates=self.candidates,
+            score_seconds=plan.seconds,
+            step_seconds=seconds,
+        )
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """Note a held-out loss; evaluation is not part of the training time."""
+        if self._log is not None and "eval_loss" in metrics:
+            self._log.evaluation(
+                step=step,
+                seconds=self.seconds,
+                cpu_seconds=self.cpu_seconds,
+                rows=self.rows,
+                loss=metrics["eval_loss"],
+            )
+
+    def drain(self) -> dict[str, float]:
+        """Return the means since the last call, under ``selection/``, and forget them.
+
+        ``score_share`` is the part of a step spent on choosing. ``break_even`` is the share of the
+        optimizer steps of uniform training that the method may need at most before it costs more
+        time than it saves.
+        """
+        steps, self._steps = self._steps, 0
+        if not steps:
+            return {}
+        result = {name: total / steps for name, total in self._sums.items()}
+        self._sums.clear()
+        whole = result.pop("step_seconds")
+        result["score_share"] = result["score_seconds"] / whole
+        result["break_even"] = 1.0 - result["score_share"]
+        return {f"selection/{name}": value for name, value in result.items()}
+
+    def stop(self) -> None:
+        """Close the record."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None

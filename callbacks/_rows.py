@@ -1,0 +1,117 @@
+"""Row ids that survive: carried through the collator, or computed from the content."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+__all__ = ["ROW_ID", "CarryColumns", "NumberedRows", "PlanSampler", "content_ids"]
+
+ROW_ID = "onlinesel_row_id"
+"""Key under which ids ride in features and batches."""
+
+
+class NumberedRows(Dataset[Any]):
+    """A map-style dataset whose rows carry their number.
+
+    Args:
+        dataset: Rows are mappings.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.dataset[index], ROW_ID: int(index)}
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        fetch = getattr(self.dataset, "__getitems__", None)
+        rows = fetch(indices) if fetch else [self.dataset[i] for i in indices]
+        return [{**row, ROW_ID: int(i)} for i, row in zip(indices, rows, strict=True)]
+
+
+class CarryColumns:
+    """A collator that takes columns off the features and puts them back on the batch.
+
+    Collators rebuild a batch from the keys that they know and drop the rest; an id that is lifted
+    off before and attached after cannot be lost, whatever workers and look-ahead do.
+
+    Args:
+        collate: The collator to call with the features as it knows them.
+        columns: Feature key -> batch key; a feature may lack a key if all do.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any], columns: Mapping[str, str]) -> None:
+        self.collate = collate
+        self.columns = dict(columns)
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
+        if not all(isinstance(feature, Mapping) for feature in features):
+            raise TypeError(
+                "OnlineSelection: rows must be mappings of names to values, got "
+                f"{type(features[0]).__name__}. Let the dataset return dicts."
+            )
+        carried = {
+            target: torch.tensor([feature[source] for feature in features])
+            for source, target in self.columns.items()
+            if source in features[0]
+        }
+        rest = [{k: v for k, v in f.items() if k not in self.columns} for f in features]
+        batch = dict(self.collate(rest))
+        batch.update(carried)
+        return batch
+
+
+class PlanSampler(Sampler[int]):
+    """Yield the rows of an epoch plan; constant length, and its epoch is its own state.
+
+    Trainers do not reliably tell a sampler its epoch: after a resume in mid-epoch on several
+    processes the call never arrives. The callback sets :attr:`epoch` from the run's own counter.
+
+    Args:
+        plan: ``epoch -> (n,)`` row numbers, of the same length for every epoch.
+    """
+
+    def __init__(self, plan: Callable[[int], Tensor]) -> None:
+        self.plan = plan
+        self.epoch = 0
+        self._length = plan(0).shape[0]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Any:
+        return iter(self.plan(self.epoch).tolist())
+
+
+def content_ids(batch: Mapping[str, Any]) -> Tensor:
+    """Return ids made from the tokens of each row: ``(N,)`` int64.
+
+    Equal rows have equal ids, wherever and whenever they occur; padding does not count. Used where
+    rows have no stable number, as in streams.
+
+    Example:
+        >>> import torch
+        >>> from onlinesel.callbacks._rows import content_ids
+        >>> rows, mask = torch.tensor([[4, 5, 0], [0, 4, 5]]), torch.tensor([[1, 1, 0], [0, 1, 1]])
+        >>> ids = content_ids({"input_ids": rows, "attention_mask": mask})
+        >>> bool(ids[0] == ids[1])
+        True
+    """
+    tokens = batch["input_ids"].cpu()
+    mask = batch.get("attention_mask")
+    masks = torch.ones_like(tokens) if mask is None or mask.dim() != 2 else mask.cpu()
+    digests = []
+    for row, keep in zip(tokens, masks, strict=True):
+        content = row[keep != 0].to(torch.int64).numpy().tobytes()
+        digest = hashlib.blake2b(content, digest_size=8).digest()
+        digests.append(int.from_bytes(digest, "little", signed=True))
+    return torch.tensor(digests, dtype=torch.int64)

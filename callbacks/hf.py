@@ -1,0 +1,330 @@
+"""Online selection in the Hugging Face Trainer and TRL's SFTTrainer.
+
+A bare ``TrainerCallback`` never sees a batch, so this one takes the trainer and wraps a few bound
+methods **of that instance**; :meth:`OnlineSelection.detach` puts everything back. Wrapped are:
+
+- ``get_train_dataloader``: candidate batches are larger, and row ids ride in them;
+- ``get_batch_samples``: the one place where all micro-batches of an optimizer step are in hand and
+  the loss normaliser is not counted yet: score, choose, deal out, count;
+- ``compute_loss``: row weights enter the loss that the host computes itself;
+- ``log``: metrics join the host's own;
+- ``_save_rng_state`` and ``_inner_training_loop``: the state goes into the checkpoint before the
+  checkpoint counts as written, and comes back from the path that only the inner loop is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from onlinesel.callbacks import _attach
+from onlinesel.callbacks._checkpoint import load_selection, save_selection
+from onlinesel.callbacks._loss import LossTap, tapped_loss
+from onlinesel.callbacks._meter import StepMeter
+from onlinesel.callbacks._rows import ROW_ID, CarryColumns, NumberedRows, PlanSampler, content_ids
+from torch import Tensor, nn
+
+from onlinesel.distributed import gather_signals
+from onlinesel.report.runlog import RunLog
+from onlinesel.scoring import CausalLMScorer
+from onlinesel.selector import Selector
+from onlinesel.step import StepPlanner
+from onlinesel.types import Scorer, Signals, Strategy
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        'onlinesel.callbacks.hf needs transformers: pip install "onlinesel[hf]".'
+    ) from error
+
+__all__ = ["OnlineSelection"]
+
+_WEIGHTS = "onlinesel_weights"
+_WRAPPED = (
+    "get_train_dataloader",
+    "get_batch_samples",
+    "compute_loss",
+    "log",
+    "_save_rng_state",
+    "_inner_training_loop",
+)
+
+
+class OnlineSelection(TrainerCallback):
+    """Choose and weigh the rows of every optimizer step.
+
+    Args:
+        trainer: A ``Trainer`` or TRL ``SFTTrainer`` of a causal language model. It is changed at
+            once; add the callback to the same trainer.
+        strategy: The method.
+        candidates: Rows loaded and scored for each row that trains.
+            ``per_device_train_batch_size`` stays the number of rows trained.
+        scope: What competes: ``"global"`` all candidates of the optimizer step, over every
+            micro-batch and rank; ``"rank"`` those of this rank; ``"batch"`` each micro-batch alone.
+        normalize: ``"tokens"`` or ``"samples"``; None takes the strategy's own definition.
+        seed: Of the selection's own generator; the trainer's generators are never touched.
+        ids: ``"auto"`` uses a column ``sample_id`` if there is one, else the row number of a
+            map-style dataset, else a hash of the row's tokens; ``"hash"`` always hashes; another
+            name is an integer column.
+        shadow: Score and log what would be chosen, and change nothing.
+        reference: Where RHO-Loss gets its reference: a causal LM, ``"adapter"`` (this model with
+            its PEFT adapter off), or the name of a column of cached losses.
+        scorer: Replaces the default scorer: ``(model, batch) -> Signals``.
+        record: Folder (or an open :class:`onlinesel.report.runlog.RunLog`) in which every decision
+            is written down for ``onlinesel report``.
+
+    Raises:
+        ValueError: The arguments, the trainer or its settings cannot give exact selection; the
+            message says what to change.
+        TypeError: ``strategy`` is not a strategy.
+
+    Example:
+        ```python
+        trainer = SFTTrainer(model, args=args, train_dataset=dataset)
+        trainer.add_callback(OnlineSelection(trainer, UDS(), candidates=4))
+        trainer.train()
+        ```
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        strategy: Strategy,
+        *,
+        candidates: int = 1,
+        scope: str = "global",
+        normalize: str | None = None,
+        seed: int = 0,
+        ids: str = "auto",
+        shadow: bool = False,
+        reference: nn.Module | str | None = None,
+        scorer: Scorer | None = None,
+        record: str | Path | RunLog | None = None,
+    ) -> None:
+        self.selector = Selector(strategy, seed=seed)
+        self.normalize = strategy.normalize if normalize is None else normalize
+        _attach.check_arguments(candidates, scope, self.normalize)
+        _attach.check_trainer(
+            trainer,
+            strategy,
+            candidates=candidates,
+            weighs=self.normalize == "samples" or bool(strategy.observes),
+            default_scorer=scorer is None,
+            reference=reference,
+        )
+        self.trainer, self.candidates, self.scope = trainer, candidates, scope
+        self.seed, self.shadow = seed, shadow
+        self._columns = _attach.carried_columns(trainer, ids, reference)
+        self._scorer = scorer or CausalLMScorer(
+            strategy.needs, reference=reference, **strategy.scorer_options
+        )
+        self._meter = StepMeter(record, self._facts() | {"name": type(strategy).__name__})
+        self._planner: StepPlanner | None = None
+        self._sampler: PlanSampler | None = None
+        self._training: list[Tensor] = []
+        self._seen: list[tuple[Tensor, Tensor]] = []
+        methods = {name: getattr(self, f"_on_{name}") for name in _WRAPPED}
+        self._call = {name: getattr(trainer, name) for name in _WRAPPED}
+        self._before = _attach.wrap(trainer, methods)
+
+    def detach(self) -> None:
+        """Take the callback off its trainer, which is then as it was before."""
+        _attach.restore(self.trainer, self._before)
+        self.trainer.remove_callback(self)
+
+    # Data -----------------------------------------------------------------------------------
+
+    def _on_get_train_dataloader(self) -> Any:
+        """Build the trainer's own loader over candidates, with ids in the batches."""
+        trainer, dataset = self.trainer, self.trainer.train_dataset
+        build_sampler = trainer._get_train_sampler
+        factor = 1 if self.shadow else self.candidates
+        with _attach.overridden(trainer, {"_signature_columns": trainer._signature_columns}):
+            trainer._set_signature_columns_if_needed()
+            trainer._signature_columns = [*trainer._signature_columns, *self._columns]
+            if ROW_ID in self._columns:
+                if hasattr(dataset, "column_names"):
+                    dataset = trainer._remove_unused_columns(dataset, description="training")
+                self._sampler = self._plan_sampler(len(dataset))
+            changes = {
+                "train_dataset": NumberedRows(dataset) if ROW_ID in self._columns else dataset,
+                "data_collator": CarryColumns(trainer.data_collator, self._columns),
+                "_train_batch_size": trainer._train_batch_size * factor,
+                "_get_train_sampler": lambda *_: self._sampler or build_sampler(dataset),
+            }
+            with _attach.overridden(trainer, changes):
+                return self._call["get_train_dataloader"]()
+
+    def _plan_sampler(self, rows: int) -> PlanSampler | None:
+        """Return a sampler if the strategy plans its epochs."""
+        strategy = self.selector.strategy
+        if strategy.epoch_plan(rows, epoch=0, seed=self.seed) is None:
+            return None
+        return PlanSampler(lambda epoch: strategy.epoch_plan(rows, epoch=epoch, seed=self.seed))
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the plan its epoch, which comes from the run's own counter."""
+        if self._sampler is not None:
+            self._sampler.epoch = int((state.epoch or 0) + 1e-6)
+
+    # The step -------------------------------------------------------------------------------
+
+    def _on_get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Fetch the candidates of one optimizer step, and return what trains."""
+        self._meter.fetch()
+        batches, items = self._call["get_batch_samples"](epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, items
+        batches = [dict(self.trainer._prepare_inputs(batch)) for batch in batches]
+        ids = [b.pop(ROW_ID) if ROW_ID in b else content_ids(b) for b in batches]
+        plan = self._plan(device).plan(batches, ids, self.trainer.state.global_step)
+        self._meter.decided(plan)
+        for batch in (*batches, *plan.batches):
+            batch.pop("reference_loss", None)
+        if self.shadow:
+            return batches, items
+        observing = bool(self.selector.strategy.observes)
+        for index, batch in enumerate(plan.batches):
+            multipliers = plan.multipliers(index)
+            if observing and multipliers is None:
+                multipliers = (plan.weights[index] > 0).float()
+            if multipliers is not None:
+                batch[_WEIGHTS] = multipliers
+        self._training, self._seen = list(plan.ids), []
+        args = self.trainer.args
+        # Where the trainer does not average over ranks itself, DDP's mean is all there is.
+        shared = args.average_tokens_across_devices or args.world_size == 1
+        return plan.batches, plan.denominator if shared else plan.denominator / args.world_size
+
+    def _plan(self, device: torch.device) -> StepPlanner:
+        if self._planner is None:
+            tokenizer = getattr(self.trainer, "processing_class", None)
+            self._planner = StepPlanner(
+                self.selector,
+                self._score,
+                candidates=self.candidates,
+                scope=self.scope,
+                normalize=self.normalize,
+                pad_id=getattr(tokenizer, "pad_token_id", None) or 0,
+                device=device,
+            )
+        return self._planner
+
+    def _score(self, batch: dict[str, Any], needs: Sequence[str]) -> Signals:
+        trainer = self.trainer
+        with trainer.compute_loss_context_manager():
+            if isinstance(self._scorer, CausalLMScorer):
+                return self._scorer(trainer.model_wrapped, batch, core=trainer.model, needs=needs)
+            return self._scorer(trainer.model_wrapped, batch)
+
+    def _on_compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Let the trainer compute its own loss, with this micro-batch's weights in it."""
+        multipliers = inputs.pop(_WEIGHTS, None)
+        if multipliers is None:
+            return self._call["compute_loss"](model, inputs, *args, **kwargs)
+        core = self.trainer.accelerator.unwrap_model(model)
+        core = core.get_base_model() if hasattr(core, "get_base_model") else core
+        tap = LossTap(multipliers)
+        with tapped_loss(core, tap, fused=_attach.is_sft(self.trainer)):
+            result = self._call["compute_loss"](model, inputs, *args, **kwargs)
+        if self.selector.strategy.observes:
+            silent = multipliers.to(tap.row_loss.device) == 0
+            losses = tap.row_loss.masked_fill(silent, float("nan"))
+            self._seen.append((self._training[len(self._seen)], losses.cpu()))
+        return result
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Learn from the rows that trained, before a checkpoint of this step is written."""
+        if self._seen:
+            ids, losses = (torch.cat(part) for part in zip(*self._seen, strict=True))
+            seen = Signals(ids=ids, loss=losses)
+            if self.scope == "global":
+                seen, _ = gather_signals(seen, args.device)
+            self.selector.observe(seen)
+            self._seen = []
+        if isinstance(self._scorer, CausalLMScorer):
+            self._scorer.advance()
+        self._meter.end(state.global_step)
+
+    # Logs and checkpoints -------------------------------------------------------------------
+
+    def _on_log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs.update(self._meter.drain())
+        self._call["log"](logs, *args, **kwargs)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        """Note the held-out loss in the record."""
+        self._meter.evaluated(state.global_step, metrics)
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "strategy": repr(self.selector.strategy),
+            "candidates": self.candidates,
+            "scope": self.scope,
+            "seed": self.seed,
+        }
+
+    @property
+    def _rank(self) -> int | None:
+        """The process that a state belongs to; None where all ranks hold the same."""
+        args = self.trainer.args
+        return args.process_index if self.scope != "global" and args.world_size > 1 else None
+
+    def _on__save_rng_state(self, output_dir: str) -> None:
+        """Write the state beside the trainer's own, before the checkpoint counts as complete."""
+        self._call["_save_rng_state"](output_dir)
+        if self._rank is None and not self.trainer.args.should_save:
+            return
+        state = self.selector.state_dict()
+        facts = self._facts() | {
+            "step": state["step"],
+            "world_size": self.trainer.args.world_size,
+        }
+        save_selection(output_dir, state["tensors"], facts, rank=self._rank)
+
+    def _on__inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Start or resume the selection together with the run."""
+        if self not in self.trainer.callback_handler.callbacks:
+            _attach.refuse(
+                "callback", "among the trainer's callbacks", "one that was only constructed",
+                "Write trainer.add_callback(OnlineSelection(trainer, ...)).",
+            )  # fmt: skip
+        # Ranks that decide alone must not draw the same numbers for different rows.
+        seed = self.seed + 1_000_003 * (self._rank or 0)
+        self.selector = Selector(self.selector.strategy, seed=seed)
+        self._planner, self._seen = None, []
+        self._resume(kwargs.get("resume_from_checkpoint"))
+        self._meter.start(self.selector.step, writes=self.trainer.args.process_index == 0)
+        try:
+            return self._call["_inner_training_loop"](*args, **kwargs)
+        finally:
+            self._meter.stop()
+
+    def _resume(self, checkpoint: str | None) -> None:
+        """Read the state of a checkpoint; one written without selection starts it afresh."""
+        found = None if checkpoint is None else load_selection(checkpoint, rank=self._rank)
+        if found is None:
+            return
+        tensors, facts = found
+        expected = self._facts()
+        if self._rank is not None:
+            expected["world_size"] = self.trainer.args.world_size
+        for name, value in expected.items():
+            if facts[name] != value:
+                _attach.refuse(
+                    name, f"the checkpoint's ({facts[name]})", value,
+                    f"Resume {checkpoint} with the arguments that wrote it.",
+                )  # fmt: skip
+        self.selector.load_state_dict(
+            {"strategy": facts["strategy"], "step": facts["step"], "tensors": tensors}
+        )

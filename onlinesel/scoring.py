@@ -1,0 +1,287 @@
+"""The scoring forward: from a model and a batch to the signals that a strategy needs.
+
+One forward without gradient, in eval mode, through the wrapped model (so that DDP, FSDP and
+DeepSpeed see every rank forward equally often). The hidden states are caught on their way into
+the LM head, which then sees one position only: no tensor of shape ``(B, T, V)`` is ever made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onlinesel.batch import IGNORED_LABEL, rows_in
+from onlinesel.kernels import (
+    HeadGram,
+    JLProjector,
+    LMHead,
+    logit_nuclear_norm,
+    shift_labels,
+    token_scores,
+)
+from onlinesel.types import Signals
+
+__all__ = ["CausalLMScorer", "evaluating", "unwrap"]
+
+_TOKEN_OUTPUTS = {"loss": "nll", "entropy": "entropy", "el2n": "el2n", "grad_norm": "el2n"}
+_NOT_INPUTS = ("labels", "shift_labels", "reference_loss")
+_ROWS = ("attention", "response", "all")
+_LENGTHS = ("raw", "rows", "sqrt")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside wrappers that keep it as ``.module`` or ``._orig_mod``."""
+    while True:
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode without gradient, and restore the mode of every submodule."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _catch_hidden(model: nn.Module, owner: str) -> Iterator[list[Tensor]]:
+    """Catch what enters the LM head, and let the head see the last position only."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        raise ValueError(
+            f"{owner}: model must have an LM head, got {type(model).__name__} whose "
+            "get_output_embeddings() gives None. Score a causal language model, or pass a scorer."
+        )
+    caught: list[Tensor] = []
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        caught.append(args[0])
+        return (args[0][:, -1:], *args[1:])
+
+    handle = head.register_forward_pre_hook(hook)
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+class CausalLMScorer:
+    """Score the rows of a causal language model's batches; a :data:`onlinesel.Scorer`.
+
+    Rows without a labelled token get ``loss`` nan, so that no method selects them.
+
+    Args:
+        needs: Signals to compute, a subset of :attr:`provides`.
+        rows: Which logit rows enter ``nuclear_norm`` and ``embedding``: ``"attention"`` (all but
+            padding), ``"response"`` (those that predict a labelled token) or ``"all"``.
+        length: ``nuclear_norm`` as it is (``"raw"``), or divided by the number of rows that
+            enter it (``"rows"``) or by the root of that number (``"sqrt"``).
+        projector: Arguments of :class:`onlinesel.kernels.JLProjector` without ``vocab``; ``time``
+            None takes the model's ``max_position_embeddings``.
+        reference: Where ``reference_loss`` comes from: another causal LM, ``"adapter"`` (the PEFT
+            adapter of the scored model switched off), or None.
+        refresh_every: Steps between rebuilds of ``W^T W`` and the folded projection if the head
+            trains; :meth:`advance` counts them. 1 is exact.
+
+    Raises:
+        ValueError: An unknown signal or option.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from onlinesel.scoring import CausalLMScorer
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...     num_hidden_layers=1, num_attention_heads=2))
+        >>> ids = torch.tensor([[1, 2, 3, 4]])
+        >>> CausalLMScorer(("loss",))(model, {"input_ids": ids, "labels": ids}).tokens.tolist()
+        [3]
+    """
+
+    provides = (*_TOKEN_OUTPUTS, "nuclear_norm", "embedding", "reference_loss", "tokens", "ids")
+
+    def __init__(
+        self,
+        needs: Sequence[str],
+        *,
+        rows: str = "attention",
+        length: str = "raw",
+        projector: Mapping[str, Any] | None = None,
+        reference: nn.Module | str | None = None,
+        refresh_every: int = 1,
+    ) -> None:
+        for name, value, allowed in (("rows", rows, _ROWS), ("length", length, _LENGTHS)):
+            if value not in allowed:
+                raise ValueError(
+                    f"CausalLMScorer: {name} must be one of {', '.join(allowed)}, got {value!r}. "
+                    "See the scorer's docstring."
+                )
+        unknown = [name for name in needs if name not in self.provides]
+        if unknown:
+            raise ValueError(
+                f"CausalLMScorer: needs must be among {', '.join(self.provides)}, got {unknown}. "
+                "Use a strategy that reads these, or write a scorer that gives them."
+            )
+        self.needs = tuple(needs)
+        self.reference = reference
+        self._rows, self._length, self._refresh_every = rows, length, refresh_every
+        self._projector_options = dict(projector or {})
+        self._projector: JLProjector | None = None
+        self._built: dict[str, Any] = {}
+        self._age = 0
+
+    def advance(self) -> None:
+        """Tell the scorer that the optimizer has stepped: what derives from the head is stale."""
+        self._age += 1
+
+    def __call__(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Any],
+        *,
+        core: nn.Module | None = None,
+        needs: Sequence[str] | None = None,
+    ) -> Signals:
+        """Score one batch.
+
+        Args:
+            model: The model, wrapped or not.
+            batch: ``input_ids (B, T)``, ``labels (B, T)`` with -100 where no loss is taken,
+                usually ``attention_mask (B, T)``; passed to the model but for the labels.
+            core: The model inside the wrappers; found through ``.module`` by default.
+            needs: Signals wanted this time, by default all of :attr:`needs`.
+
+        Returns:
+            The signals asked for and ``tokens``, on the batch's device.
+        """
+        needs = self.needs if needs is None else needs
+        core = unwrap(model) if core is None else core
+        rows_in(batch, "CausalLMScorer")
+        labels = batch["shift_labels"] if "shift_labels" in batch else shift_labels(batch["labels"])
+        tokens = labels.ne(IGNORED_LABEL).sum(dim=1)
+        found: dict[str, Tensor] = {"tokens": tokens}
+        own = [n for n in needs if n in _TOKEN_OUTPUTS or n in ("nuclear_norm", "embedding")]
+        if own:
+            hidden = self._hidden(model, core, batch)
+            found.update(self._token_signals(hidden, core, labels, own))
+            found.update(self._matrix_signals(hidden, core, batch, labels, own))
+        if "reference_loss" in needs:
+            found["reference_loss"] = self._reference_loss(model, core, batch, labels)
+        return Signals(**found)
+
+    def _hidden(self, model: nn.Module, core: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        inputs = {k: v for k, v in batch.items() if k not in _NOT_INPUTS}
+        with evaluating(model), _catch_hidden(core, "CausalLMScorer") as caught:
+            model(**inputs, use_cache=False)
+        if len(caught) != 1 or caught[0].dim() != 3:
+            raise ValueError(
+                "CausalLMScorer: model must call its LM head once per forward, got "
+                f"{len(caught)} calls of {type(core).__name__}. Pass a scorer made for this model."
+            )
+        # Prompt-learning adapters put virtual tokens in front of the row's own.
+        return caught[0][:, -batch["input_ids"].shape[1] :]
+
+    def _head(self, core: nn.Module) -> LMHead:
+        """Return the head, rebuilt if it trains and the optimizer has stepped since."""
+        trains = any(p.requires_grad for p in core.get_output_embeddings().parameters())  # type: ignore[operator]
+        if self._built.get("core") is not core or (trains and self._age >= self._refresh_every):
+            self._built = {"core": core, "head": LMHead.from_model(core)}
+            self._age = 0
+        return self._built["head"]
+
+    def _derived(self, name: str, build: Callable[[], Any]) -> Any:
+        if name not in self._built:
+            self._built[name] = build()
+        return self._built[name]
+
+    def _token_signals(
+        self, hidden: Tensor, core: nn.Module, labels: Tensor, needs: Sequence[str]
+    ) -> dict[str, Tensor]:
+        wanted = {n: _TOKEN_OUTPUTS[n] for n in needs if n in _TOKEN_OUTPUTS}
+        if not wanted:
+            return {}
+        # The head is read afresh: its tensors move in place while W^T W may be some steps old.
+        scores = token_scores(
+            hidden, LMHead.from_model(core), labels, outputs=tuple(dict.fromkeys(wanted.values()))
+        )
+        count = scores.mask.sum(dim=1).to(torch.float32)
+        count = torch.where(count > 0, count, float("nan"))
+        result = {}
+        for name, output in wanted.items():
+            value = getattr(scores, output)
+            summed = value.square().sum(dim=1).sqrt() if name == "grad_norm" else value.sum(dim=1)
+            result[name] = summed / count
+        return result
+
+    def _matrix_signals(
+        self,
+        hidden: Tensor,
+        core: nn.Module,
+        batch: Mapping[str, Any],
+        labels: Tensor,
+        needs: Sequence[str],
+    ) -> dict[str, Tensor]:
+        if "nuclear_norm" not in needs and "embedding" not in needs:
+            return {}
+        head, rows = self._head(core), None
+        if self._rows == "response":
+            rows = labels.ne(IGNORED_LABEL)
+        elif self._rows == "attention" and batch.get("attention_mask") is not None:
+            rows = batch["attention_mask"].ne(0)
+        result = {}
+        if "nuclear_norm" in needs:
+            result["nuclear_norm"] = self._nuclear_norm(hidden, head, rows)
+        if "embedding" in needs:
+            projector = self._make_projector(head, core)
+            folded = head if head.softcap else self._derived("fold", lambda: projector.fold(head))
+            result["embedding"] = projector.project(
+                hidden, folded, rows, compact=self._projector_options.get("compact", True)
+            )
+        return result
+
+    def _nuclear_norm(self, hidden: Tensor, head: LMHead, rows: Tensor | None) -> Tensor:
+        gram = None if head.softcap else self._derived("gram", lambda: HeadGram(head))
+        norm = logit_nuclear_norm(hidden, head, rows, gram=gram)
+        if self._length == "raw":
+            return norm
+        full = hidden.new_full((hidden.shape[0],), hidden.shape[1], dtype=torch.float32)
+        count = (full if rows is None else rows.sum(dim=1)).clamp(min=1).to(norm)
+        return norm / (count if self._length == "rows" else count.sqrt())
+
+    def _make_projector(self, head: LMHead, core: nn.Module) -> JLProjector:
+        if self._projector is None:
+            options = {k: v for k, v in self._projector_options.items() if k != "compact"}
+            config = getattr(core, "config", None)
+            time = options.pop("time", None) or getattr(config, "max_position_embeddings", 4096)
+            self._projector = JLProjector(head.vocab_size, time, **options)
+        return self._projector
+
+    def _reference_loss(
+        self, model: nn.Module, core: nn.Module, batch: Mapping[str, Any], labels: Tensor
+    ) -> Tensor:
+        if "reference_loss" in batch:
+            return batch["reference_loss"]
+        switch: AbstractContextManager[Any] = nullcontext()
+        if isinstance(self.reference, nn.Module):
+            model, core = self.reference, unwrap(self.reference)
+        elif self.reference == "adapter" and hasattr(core, "disable_adapter"):
+            switch = core.disable_adapter()  # type: ignore[operator]
+        else:
+            raise ValueError(
+                "CausalLMScorer: reference must be a model, 'adapter' on a PEFT model, or losses "
+                f"carried in the batch, got {self.reference!r}. RHO-Loss compares with it."
+            )
+        with switch:
+            hidden = self._hidden(model, core, batch)
+            return self._token_signals(hidden, core, labels, ("loss",))["loss"]

@@ -1,0 +1,151 @@
+"""The one stateful object: a strategy with its state, its generator and its step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onlinesel.types import Selection, Signals, Strategy
+from onlinesel.weights import effective_size
+
+__all__ = ["Selector", "describe"]
+
+
+def describe(signals: Signals, selection: Selection) -> dict[str, float]:
+    """Return scalars about one decision.
+
+    ``kept_share`` of rows; ``ess``, the effective sample size over the number of kept rows;
+    ``score_kept`` and ``score_dropped``, mean scores; ``length_bias``, mean labelled tokens of
+    kept rows over that of all rows; ``nonfinite``, rows with a signal that is not finite; and the
+    strategy's own metrics.
+    """
+    weights = selection.weights if selection.weights.dim() == 1 else selection.weights.mean(dim=1)
+    kept = weights > 0
+    count = int(kept.sum())
+    result = {name: value.float().mean().item() for name, value in selection.metrics.items()}
+    result["kept_share"] = count / signals.size
+    floats = [v for v in signals.present().values() if v.is_floating_point()]
+    if floats:
+        flat = torch.stack([torch.isfinite(v.reshape(signals.size, -1)).all(dim=1) for v in floats])
+        result["nonfinite"] = signals.size - float(flat.all(dim=0).sum())
+    if count:
+        result["ess"] = effective_size(weights).item() / count
+    if selection.scores is not None:
+        finite = torch.isfinite(selection.scores)
+        for name, rows in (("score_kept", kept & finite), ("score_dropped", ~kept & finite)):
+            if bool(rows.any()):
+                result[name] = selection.scores[rows].mean().item()
+    if signals.tokens is not None and count:
+        tokens = signals.tokens.float()
+        result["length_bias"] = (tokens[kept].mean() / tokens.mean().clamp(min=1e-9)).item()
+    return result
+
+
+
+class Selector:
+    """Run a strategy over a sequence of steps, and carry what must survive a checkpoint.
+
+    Args:
+        strategy: The method.
+        seed: Seed of the generator that the strategy draws from. Ranks that decide together must
+            share it.
+
+    Example:
+        >>> import torch
+        >>> from onlinesel import Selector, Signals
+        >>> from onlinesel.strategies import TopLoss
+        >>> selector = Selector(TopLoss())
+        >>> selector.select(Signals(loss=torch.tensor([0.1, 2.0, 1.0])), keep=2).rows.tolist()
+        [1, 2]
+        >>> selector.step
+        1
+    """
+
+    def __init__(self, strategy: Strategy, *, seed: int = 0) -> None:
+        if not isinstance(strategy, Strategy):
+            raise TypeError(
+                f"Selector: strategy must be a Strategy instance, got {strategy!r}. "
+                "Pass the method itself, for example Selector(TopLoss())."
+            )
+        self.strategy = strategy
+        self.step = 0
+        self._generator = torch.Generator().manual_seed(seed)
+        self._state = strategy.init()
+        self._last: tuple[Signals, Selection] | None = None
+
+    def select(
+        self, signals: Signals, *, keep: int | None = None, step: int | None = None
+    ) -> Selection:
+        """Decide about one set of candidates and advance the state.
+
+        Args:
+            signals: The candidates; moved to the CPU, where every rank computes the same bits.
+            keep: Rows to train, clamped to ``N``; by default all.
+            step: Optimizer step; by default this selector's own count of calls.
+
+        Returns:
+            The decision, on the CPU. Rows whose needed signals are not finite have weight 0.
+
+        Raises:
+            ValueError: ``keep`` below 1, or a signal is missing.
+        """
+        if keep is not None and keep < 1:
+            raise ValueError(
+                f"Selector: keep must be at least 1, got {keep}. Say how many rows train."
+            )
+        signals = signals.to("cpu")
+        keep = min(signals.size, keep or signals.size)
+        step = self.step if step is None else step
+        with torch.no_grad():
+            selection, self._state = self.strategy.select(
+                signals, self._state, keep=keep, step=step, generator=self._generator
+            )
+        if selection.weights.shape[0] != signals.size:
+            raise ValueError(
+                f"{type(self.strategy).__name__}: weights must have one row per candidate "
+                f"({signals.size}), got {tuple(selection.weights.shape)}. "
+                "Return 0 for rows that drop."
+            )
+        self.step = step + 1
+        self._last = (signals, selection)
+        return selection
+
+    def observe(self, signals: Signals) -> None:
+        """Hand the strategy what the training forward showed about the rows that trained."""
+        with torch.no_grad():
+            self._state = self.strategy.observe(signals.to("cpu"), self._state)
+
+    def metrics(self) -> dict[str, float]:
+        """Return scalars about the last decision, as :func:`describe`; empty before the first."""
+        return {} if self._last is None else describe(*self._last)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a resumed run needs: plain numbers, text and CPU tensors."""
+        tensors: dict[str, Tensor] = {f"state.{k}": v.cpu() for k, v in self._state.items()}
+        tensors["generator"] = self._generator.get_state()
+        return {"strategy": repr(self.strategy), "step": self.step, "tensors": tensors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken.
+
+        Args:
+            state: What :meth:`state_dict` returned, of a selector with an equal strategy.
+
+        Raises:
+            ValueError: The state belongs to another strategy. Nothing is changed then.
+        """
+        if state["strategy"] != repr(self.strategy):
+            raise ValueError(
+                f"Selector: state must come from {self.strategy!r}, got {state['strategy']}. "
+                "Resume with the strategy and hyper-parameters that wrote the checkpoint."
+            )
+        tensors = state["tensors"]
+        self._state = {
+            name.removeprefix("state."): value.clone()
+            for name, value in tensors.items()
+            if name.startswith("state.")
+        }
+        self._generator.set_state(tensors["generator"])
+        self.step = int(state["step"])

@@ -1,0 +1,255 @@
+"""One optimizer step: score its candidates, choose, deal the rows out, find the denominator.
+
+This is the single place where counts, weights and the normaliser of a step come from; hosts only
+carry its result. Everything competes that ``scope`` names, and nothing about the loss is decided
+before the choice is made: subsetting after the normaliser was counted is the classic error, which
+halves the gradient when half of the rows are kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onlinesel.batch import count_labels, deal, gather_rows, mute_rows, rows_in, take_rows, trim
+from onlinesel.distributed import exchange_rows, gather_signals, rank, sum_over_ranks
+from onlinesel.selector import Selector
+from onlinesel.types import Selection, Signals
+
+__all__ = ["SCOPES", "StepPlan", "StepPlanner"]
+
+SCOPES = ("global", "rank", "batch")
+
+Batch = dict[str, Any]
+Place = tuple[int, int]
+"""(micro-batch, row) of a candidate."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one rank trains in one optimizer step.
+
+    Attributes:
+        batches: The micro-batches, as many as there were candidates; each has at least one row.
+        weights: ``(n,)`` weight of each row of each micro-batch; 0 for a row that only keeps the
+            rank in step with the others (its labels are -100).
+        ids: ``(n,)`` int64 ids of those rows.
+        denominator: Scalar ``D`` of the loss contract over all ranks; 1 where nothing has weight,
+            so that the loss is 0 and not 0 / 0.
+        normalize: ``"tokens"`` or ``"samples"``.
+        decisions: What was decided about which signals, one pair per decision.
+        seconds: Time from the candidates to this plan.
+    """
+
+    batches: list[Batch]
+    weights: list[Tensor]
+    ids: list[Tensor]
+    denominator: Tensor
+    normalize: str
+    decisions: list[tuple[Signals, Selection]]
+    seconds: float
+
+    def multipliers(self, index: int) -> Tensor | None:
+        """Return what each row's summed token loss is multiplied by before dividing by ``D``.
+
+        None means 1 for every row that has labels left: the host's own loss is exact as it is.
+        """
+        weights = self.weights[index]
+        if self.normalize == "samples":
+            counts = count_labels(self.batches[index]).to(weights.device)
+            return torch.where(counts > 0, weights / counts.clamp(min=1), 0.0)
+        return None if bool(((weights == 1) | (weights == 0)).all()) else weights
+
+
+class StepPlanner:
+    """Turn the candidate micro-batches of a step into a :class:`StepPlan`.
+
+    Args:
+        selector: Decides.
+        score: ``(batch, needs) -> Signals``, called once per micro-batch if anything is needed.
+        candidates: Candidates per trained row.
+        scope: ``"global"``: all candidates of the step compete, over every micro-batch and rank.
+            ``"rank"``: those of this rank. ``"batch"``: each micro-batch alone.
+        normalize: ``"tokens"`` or ``"samples"``.
+        pad_id: Token that pads ``input_ids`` where rows of different width meet.
+        device: Where collectives need their tensors.
+    """
+
+    def __init__(
+        self,
+        selector: Selector,
+        score: Callable[[Batch, Sequence[str]], Signals],
+        *,
+        candidates: int = 1,
+        scope: str = "global",
+        normalize: str = "tokens",
+        pad_id: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.selector = selector
+        self._score = score
+        self._candidates = candidates
+        self._scope = scope
+        self._normalize = normalize
+        self._pad_id = pad_id
+        self._device = device
+
+    def plan(self, batches: Sequence[Batch], ids: Sequence[Tensor], step: int) -> StepPlan:
+        """Decide about the candidates of one step.
+
+        Args:
+            batches: This rank's candidate micro-batches, without ids.
+            ids: ``(n,)`` int64 ids of their rows.
+            step: Optimizer step, counted from 0.
+        """
+        start = time.perf_counter()
+        needs = self.selector.strategy.needs_at(step)
+        signals = [
+            self._signals(batch, row_ids, needs)
+            for batch, row_ids in zip(batches, ids, strict=True)
+        ]
+        if self._scope == "batch":
+            decisions = [(s, self._select(s, step)) for s in signals]
+            parts, weights, extra = self._stay(decisions), [d.weights for _, d in decisions], []
+        else:
+            decision, parts, weights, extra = self._compete(batches, signals, step)
+            decisions = [decision]
+        whole = [*batches, *([extra[0]] if extra else [])]
+        row_ids = [*ids, *([extra[1]] if extra else [])]
+        planned = [
+            self._build(whole, row_ids, weights, rows, batches, signals, j)
+            for j, rows in enumerate(parts)
+        ]
+        new_batches, new_weights, new_ids = (list(part) for part in zip(*planned, strict=True))
+        return StepPlan(
+            new_batches,
+            new_weights,
+            new_ids,
+            self._denominator(new_batches, new_weights),
+            self._normalize,
+            decisions,
+            time.perf_counter() - start,
+        )
+
+    def _signals(self, batch: Batch, ids: Tensor, needs: Sequence[str]) -> Signals:
+        """Score one micro-batch; tokens and ids are known without a forward."""
+        size = rows_in(batch, "StepPlanner")
+        wanted = [name for name in needs if name not in ("ids", "tokens")]
+        found = dict(self._score(batch, wanted).present()) if wanted else {}
+        if ids.shape[0] != size:
+            raise ValueError(
+                f"StepPlanner: ids must have one entry per row ({size}), got {ids.shape[0]}. "
+                "The collator merges or splits rows: turn packing and padding-free batches off."
+            )
+        found.update(ids=ids.cpu(), tokens=count_labels(batch).cpu())
+        return Signals(**{name: value.cpu() for name, value in found.items()})
+
+    def _select(self, signals: Signals, step: int) -> Selection:
+        keep = -(-signals.size // self._candidates)
+        selection = self.selector.select(signals, keep=keep, step=step)
+        if selection.weights.dim() != 1:
+            raise ValueError(
+                "StepPlanner: weights must be one per row, got shape "
+                f"{tuple(selection.weights.shape)}. Token weights belong to the RL hosts."
+            )
+        return selection
+
+    @staticmethod
+    def _stay(decisions: Sequence[tuple[Signals, Selection]]) -> list[list[Place]]:
+        return [[(m, int(r)) for r in d.rows] for m, (_, d) in enumerate(decisions)]
+
+    def _compete(
+        self, batches: Sequence[Batch], signals: Sequence[Signals], step: int
+    ) -> tuple[tuple[Signals, Selection], list[list[Place]], list[Tensor], list[Any]]:
+        """Let all candidates of the scope compete, and split this rank's winners evenly."""
+        local = Signals(
+            **{
+                name: torch.cat([s.present()[name] for s in signals])
+                for name in signals[0].present()
+            }
+        )
+        places = [(m, r) for m, s in enumerate(signals) for r in range(s.size)]
+        pool, counts = local, [local.size]
+        if self._scope == "global":
+            pool, counts = gather_signals(local, self._device)
+        selection = self._select(pool, step)
+        me = rank() if len(counts) > 1 else 0
+        first = sum(counts[:me])
+        owners = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        kept = selection.rows
+        holders = owners[kept]
+        targets = deal(holders, len(counts)) if len(counts) > 1 else holders
+        mine = [places[int(k) - first] for k in kept[holders == me]]
+        arrived, positions = exchange_rows(
+            batches, mine, holders, targets, pad_id=self._pad_id, device=self._device
+        )
+        came = {k: (len(batches), i) for i, k in enumerate(positions)}
+        rows = [
+            came.get(k) or places[int(kept[k]) - first]
+            for k in (targets == me).nonzero().flatten().tolist()
+        ]
+        own = selection.weights[first : first + local.size]
+        weights = list(own.split([s.size for s in signals]))
+        extra: list[Any] = []
+        if arrived is not None:
+            extra = [arrived, pool.row_ids()[kept[positions]]]
+            weights.append(selection.weights[kept[positions]])
+        return (pool, selection), self._split(rows, places, signals), weights, extra
+
+    @staticmethod
+    def _split(
+        rows: list[Place], places: list[Place], signals: Sequence[Signals]
+    ) -> list[list[Place]]:
+        """Split rows over the micro-batches; if all candidates train, leave them where they are."""
+        parts = len(signals)
+        if rows == places:
+            return [[(m, r) for r in range(s.size)] for m, s in enumerate(signals)]
+        sizes = [len(rows) // parts + (j < len(rows) % parts) for j in range(parts)]
+        bounds = [sum(sizes[:j]) for j in range(parts + 1)]
+        return [rows[bounds[j] : bounds[j + 1]] for j in range(parts)]
+
+    def _build(
+        self,
+        whole: Sequence[Batch],
+        ids: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        rows: list[Place],
+        batches: Sequence[Batch],
+        signals: Sequence[Signals],
+        index: int,
+    ) -> tuple[Batch, Tensor, Tensor]:
+        """Make one micro-batch, or a silent one-row batch where nothing is left for it."""
+        if not rows:
+            # No rank may skip a forward. A row whose scores are finite cannot poison the zero.
+            m, r = self._filler(signals)
+            batch = mute_rows(trim(take_rows(batches[m], [r])), torch.tensor([True]))
+            return batch, torch.zeros(1), signals[m].row_ids()[[r]]
+        if rows == [(index, r) for r in range(signals[index].size)]:
+            return dict(batches[index]), weights[index], ids[index].cpu()
+        picked_weights = torch.stack([weights[m][r] for m, r in rows])
+        picked_ids = torch.stack([ids[m][r].cpu() for m, r in rows])
+        return gather_rows(whole, rows, pad_id=self._pad_id), picked_weights, picked_ids
+
+    @staticmethod
+    def _filler(signals: Sequence[Signals]) -> Place:
+        for m, s in enumerate(signals):
+            good = torch.ones(s.size, dtype=torch.bool)
+            for value in s.present().values():
+                good &= torch.isfinite(value.reshape(s.size, -1)).all(dim=1)
+            if bool(good.any()):
+                return m, int(good.nonzero()[0])
+        return 0, 0
+
+    def _denominator(self, batches: Sequence[Batch], weights: Sequence[Tensor]) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for batch, row_weights in zip(batches, weights, strict=True):
+            counts = count_labels(batch).cpu()
+            per_row = counts if self._normalize == "tokens" else counts > 0
+            total += (row_weights.double() * per_row).sum()
+        total = sum_over_ranks(total.to(self._device))
+        return torch.where(total > 0, total, 1.0).to(torch.float32)

@@ -1,0 +1,96 @@
+"""The wheel: everything in it, nothing else, and usable from another folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import onlinesel
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {
+    "onlinesel": "onlinesel",
+    "callbacks": "onlinesel/callbacks",
+    "recipes": "onlinesel/recipes",
+}
+MODULES = ["", ".callbacks", ".recipes", ".strategies", ".kernels", ".report.runlog"]
+
+
+def run(*command: str | Path, cwd: Path, **extra: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **extra},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build from a copy, so that leftovers of earlier builds cannot hide a missing file."""
+    source = tmp_path_factory.mktemp("source")
+    for name in (*FOLDERS, "tests"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    run("-m", "build", "--wheel", "--no-isolation", "--outdir", source / "dist", cwd=source)
+    (built,) = (source / "dist").glob("*.whl")
+    return built
+
+
+def test_it_holds_every_module_and_data_file_and_nothing_else(wheel: Path) -> None:
+    expected = {
+        f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
+        for folder, package in FOLDERS.items()
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix == ".py" or path.name == "py.typed" or path.match("report/*.html")
+    }
+    names = zipfile.ZipFile(wheel).namelist()
+    packed = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
+    assert "onlinesel/py.typed" in expected
+    assert packed == expected
+
+
+def test_its_metadata(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        info = f"onlinesel-{onlinesel.__version__}.dist-info"
+        metadata = archive.read(f"{info}/METADATA").decode().splitlines()
+        scripts = archive.read(f"{info}/entry_points.txt").decode()
+        assert f"{info}/licenses/LICENSE" in archive.namelist()
+    required = [
+        line for line in metadata if line.startswith("Requires-Dist") and "extra" not in line
+    ]
+    assert len(required) == 1 and required[0].startswith("Requires-Dist: torch")
+    assert f"Version: {onlinesel.__version__}" in metadata
+    assert "License-Expression: Apache-2.0" in metadata
+    assert "onlinesel = onlinesel.cli:main" in scripts
+
+
+def test_it_works_installed_elsewhere(wheel: Path, tmp_path: Path) -> None:
+    target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    run("-m", "pip", "install", "--no-deps", "--no-index", "--target", target, wheel, cwd=elsewhere)
+    code = f"""
+import importlib, json
+from importlib.metadata import version
+files = {{n: importlib.import_module("onlinesel" + n).__file__ for n in {MODULES}}}
+print(json.dumps([version("onlinesel"), files]))
+"""
+    out = run("-P", "-c", code, cwd=elsewhere, PYTHONPATH=str(target))
+    version, files = json.loads(out.splitlines()[-1])
+    assert version == onlinesel.__version__
+    assert [name for name, file in files.items() if not Path(file).is_relative_to(target)] == []
+    assert Path(files[".callbacks"]).parent == target / "onlinesel" / "callbacks"
