@@ -115,6 +115,11 @@ class OnlineSelection(TrainerCallback):
             default_scorer=scorer is None,
             reference=reference,
         )
+        if shadow and strategy.observes:
+            _attach.refuse(
+                "shadow", "off for a method that learns from the training loss", True,
+                f"{type(strategy).__name__} could not see it without changing how it is computed.",
+            )  # fmt: skip
         self.trainer, self.candidates, self.scope = trainer, candidates, scope
         self.seed, self.shadow = seed, shadow
         self._columns = _attach.carried_columns(trainer, ids, reference)
@@ -133,7 +138,8 @@ class OnlineSelection(TrainerCallback):
     def detach(self) -> None:
         """Take the callback off its trainer, which is then as it was before."""
         _attach.restore(self.trainer, self._before)
-        self.trainer.remove_callback(self)
+        if self in self.trainer.callback_handler.callbacks:
+            self.trainer.remove_callback(self)
 
     # Data -----------------------------------------------------------------------------------
 

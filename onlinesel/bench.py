@@ -140,10 +140,17 @@ def _time_all(data: _Inputs, repeats: int) -> dict[str, Any]:
         ),
         "token_scores_all": lambda: token_scores(data.hidden, data.head, data.labels),
     }
-    seconds, outputs = {}, {}
+    outputs: dict[str, Any] = {}
+    taken: dict[str, list[float]] = {name: [] for name in runs}
     with torch.no_grad():
-        for name, run in runs.items():
-            seconds[name], outputs[name] = _median(run, repeats)
+        # The sides take turns, so that what else the machine does falls on all of them. The first
+        # turn warms up.
+        for _ in range(repeats + 1):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                outputs[name] = run()
+                taken[name].append(time.perf_counter() - start)
+    seconds = {name: sorted(t[1:])[repeats // 2] for name, t in taken.items()}
     seconds["uds"] = seconds["nuclear_norm"] + seconds["embedding"]
     once = seconds["once_gram"] + seconds["once_fold"]
     norm, embedding = outputs["plain"]
@@ -163,15 +170,6 @@ def _time_all(data: _Inputs, repeats: int) -> dict[str, Any]:
             "entropy": _relative(scores.entropy, entropy),
         },
     }
-
-
-def _median(run: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    output, taken = run(), []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        output = run()
-        taken.append(time.perf_counter() - start)
-    return sorted(taken)[len(taken) // 2], output
 
 
 def _relative(ours: Tensor, theirs: Tensor) -> float:
@@ -221,7 +219,7 @@ def _settings(tokens: int, width: int, vocab: int, repeats: int) -> dict[str, An
     return {
         "what": "UDS scores of one sample: nuclear norm and embedding of its logits",
         "command": f"python -m onlinesel.bench scores --tokens {tokens} --width {width} "
-        f"--vocab {vocab} --repeats {repeats}",
+        f"--vocab {vocab} --repeats {repeats} --threads {torch.get_num_threads()}",
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "tokens": tokens,
         "width": width,
@@ -229,6 +227,7 @@ def _settings(tokens: int, width: int, vocab: int, repeats: int) -> dict[str, An
         "repeats": repeats,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
+        "load_before": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "processor": _processor(),
         "torch": torch.__version__,
         "python": platform.python_version(),

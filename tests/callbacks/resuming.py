@@ -1,0 +1,102 @@
+"""Stop a run in mid-epoch, resume it, and compare with the run that was never stopped.
+
+Used in one process by the test, and run by torchrun for two.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from onlinesel import Chain, When
+from onlinesel.distributed import rank
+from onlinesel.strategies import (
+    RS2,
+    UDS,
+    GradNorm,
+    InfoBatch,
+    LossReweight,
+    RHOLoss,
+    SelectiveBackprop,
+    TopLoss,
+    Uniform,
+)
+from tests.callbacks.hosts import attach, make_rows, make_trainer
+
+STEPS, STOP = 7, 3
+"""An epoch has 6 steps with two candidates on one process: the resumed part crosses its end."""
+
+
+def cases() -> dict[str, tuple[Any, dict[str, Any]]]:
+    two = {"candidates": 2}
+    return {
+        "GradNorm": (GradNorm(mode="unbiased"), two),
+        "InfoBatch": (InfoBatch(), {}),
+        "LossReweight": (LossReweight(min_rows=2), {}),
+        "RHOLoss": (RHOLoss(), {**two, "reference": "reference_loss"}),
+        "RS2": (RS2(fraction=0.5), {}),
+        "SelectiveBackprop": (SelectiveBackprop(), two),
+        "TopLoss": (TopLoss(), two),
+        "UDS": (UDS(), two),
+        "Uniform": (Uniform(), two),
+        "combined": (When(Chain(InfoBatch(), UDS()), start=2, otherwise=Uniform()), two),
+        "rank": (SelectiveBackprop(), {**two, "scope": "rank"}),
+        "batch": (UDS(), {**two, "scope": "batch"}),
+    }
+
+
+def rows_with_reference() -> list[dict[str, Any]]:
+    return [{**row, "reference_loss": 4.0 + 0.01 * i} for i, row in enumerate(make_rows())]
+
+
+def train(folder: Path, name: str, resume: bool) -> tuple[Any, list[dict[str, Any]]]:
+    strategy, options = cases()[name]
+    trainer = make_trainer(
+        folder / name,
+        rows=rows_with_reference(),
+        max_steps=STEPS,
+        gradient_accumulation_steps=2,
+        save_strategy="steps",
+        save_steps=STOP,
+        optim="adamw_torch",
+        learning_rate=0.01,
+    )
+    callback = attach(trainer, strategy, **options)
+    seen: list[dict[str, Any]] = []
+    decided = callback._meter.decided
+
+    def note(plan: Any) -> None:
+        for signals, selection in plan.decisions:
+            seen.append({"ids": signals.row_ids().clone(), "weights": selection.weights.clone()})
+        decided(plan)
+
+    callback._meter.decided = note  # type: ignore[method-assign]
+    checkpoint = str(folder / name / f"checkpoint-{STOP}") if resume else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer, seen
+
+
+def assert_same(folder: Path, name: str) -> None:
+    """The resumed run chooses the same rows with the same weights, and ends at the same model."""
+    first, whole = train(folder, name, resume=False)
+    second, resumed = train(folder, name, resume=True)
+    decisions = len(whole) // STEPS
+    assert len(resumed) == (STEPS - STOP) * decisions
+    for a, b in zip(whole[STOP * decisions :], resumed, strict=True):
+        assert torch.equal(a["ids"], b["ids"]), name
+        assert torch.equal(a["weights"], b["weights"]), name
+    for p, q in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for case in cases():
+        assert_same(Path(sys.argv[1]), case)
+        if rank() == 0:
+            print("same", case, flush=True)
+    dist.destroy_process_group()

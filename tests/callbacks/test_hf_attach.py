@@ -1,0 +1,200 @@
+"""What is refused, with the text that says what to do, and that nothing is lost by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+
+from onlinesel import Selection, Signals, Strategy
+from onlinesel.callbacks.hf import OnlineSelection
+from onlinesel.strategies import (
+    RS2,
+    InfoBatch,
+    LossReweight,
+    RHOLoss,
+    TopLoss,
+    Uniform,
+)
+from tests.callbacks.hosts import (
+    attach,
+    make_model,
+    make_rows,
+    make_sft_trainer,
+    make_tokenizer,
+    make_trainer,
+)
+
+
+class NeedsReward(Strategy):
+    needs = ("reward",)
+
+    def select(self, signals: Signals, state: Any, **_: Any) -> Any:
+        return Selection(torch.ones(signals.size)), state
+
+
+class Encoder(nn.Module):
+    """A model whose forward takes loss kwargs but that has no LM head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, input_ids: torch.Tensor, labels: Any = None, **kwargs: Any) -> Any:
+        return {"loss": self.layer.weight.sum()}
+
+
+class NoKwargs(Encoder):
+    def forward(self, input_ids: torch.Tensor, labels: Any = None) -> Any:
+        return {"loss": self.layer.weight.sum()}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "message"),
+    [
+        (TopLoss(), {"candidates": 0}, "candidates must be an integer >= 1, got 0"),
+        (TopLoss(), {"candidates": 2.0}, "candidates must be an integer >= 1, got 2.0"),
+        (TopLoss(), {"candidates": True}, "candidates must be an integer >= 1, got True"),
+        (TopLoss(), {"scope": "node"}, "scope must be one of global, rank, batch, got 'node'"),
+        (TopLoss(), {"normalize": "rows"}, "normalize must be 'tokens', 'samples' or None"),
+        (TopLoss(), {"ids": "uid"}, "must be columns of the training dataset, got 'uid'"),
+        (NeedsReward(), {}, "CausalLMScorer: needs must be among .* got \\['reward'\\]"),
+        (RHOLoss(), {}, "reference must be a model, 'adapter' or a column"),
+        (RHOLoss(), {"reference": "adapter"}, "reference must be a model or a column where no"),
+        (RHOLoss(), {"reference": "cached"}, "must be columns of the training dataset"),
+        (RS2(fraction=0.5), {"candidates": 2}, "candidates must be 1 for a method that plans"),
+        (InfoBatch(), {"shadow": True}, "shadow must be off for a method that learns"),
+        ("TopLoss", {}, "strategy must be a Strategy instance, got 'TopLoss'"),
+    ],
+)
+def test_bad_arguments(tmp_path: Path, strategy: Any, options: Any, message: str) -> None:
+    trainer = make_trainer(tmp_path, rows=Dataset.from_list(make_rows()))
+    before = dict(trainer.__dict__)
+    with pytest.raises((ValueError, TypeError), match=message):
+        OnlineSelection(trainer, strategy, **options)
+    assert trainer.__dict__ == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "strategy", "message"),
+    [
+        ({"rows": []}, TopLoss(), "train_dataset must be a dataset with rows"),
+        ({"auto_find_batch_size": True}, TopLoss(), "auto_find_batch_size must be off"),
+        ({"train_sampling_strategy": "batch_rebalance"}, TopLoss(), "not 'batch_rebalance'"),
+        ({"label_smoothing_factor": 0.1}, LossReweight(), "got label_smoothing_factor"),
+        ({"label_smoothing_factor": 0.1}, InfoBatch(), "got label_smoothing_factor"),
+        ({"model": Encoder()}, TopLoss(), "model must be a causal language model with an LM head"),
+        ({"model": NoKwargs()}, Uniform(), "model must be one whose forward takes num_items"),
+        (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 40},
+            TopLoss(),
+            "train_dataset must be at least one batch of 80 candidates, got 48 rows",
+        ),
+    ],
+)
+def test_bad_trainers(tmp_path: Path, changes: Any, strategy: Any, message: str) -> None:
+    trainer = make_trainer(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        OnlineSelection(trainer, strategy, candidates=2)
+
+
+def test_data_parallel_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match="n_gpu must be at most 1 per process, got 2"):
+        OnlineSelection(trainer, TopLoss())
+
+
+def test_attaching_twice_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    attach(trainer, TopLoss())
+    with pytest.raises(ValueError, match="trainer must be without another OnlineSelection"):
+        OnlineSelection(trainer, TopLoss())
+
+
+def test_a_callback_that_was_not_added_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    OnlineSelection(trainer, TopLoss())
+    with pytest.raises(ValueError, match="callback must be among the trainer's callbacks"):
+        trainer.train()
+
+
+def test_padding_free_batches_are_refused(tmp_path: Path) -> None:
+    trainer = make_sft_trainer(tmp_path)
+    trainer.padding_free = True
+    with pytest.raises(ValueError, match="padding_free must be off.*packing=False"):
+        OnlineSelection(trainer, TopLoss())
+
+
+def test_a_collator_that_merges_rows_is_refused_before_it_trains(tmp_path: Path) -> None:
+    def flatten(features: list[Any]) -> dict[str, torch.Tensor]:
+        ids = [i for f in features for i in f["input_ids"]]
+        return {"input_ids": torch.tensor([ids]), "labels": torch.tensor([ids])}
+
+    trainer = make_trainer(tmp_path, collator=flatten)
+    attach(trainer, TopLoss())
+    before = [p.clone() for p in trainer.model.parameters()]
+    with pytest.raises(ValueError, match="cannot be selected by row|merges or splits rows"):
+        trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_dft_loss_refuses_weights(tmp_path: Path) -> None:
+    trainer = make_sft_trainer(tmp_path, loss_type="dft")
+    with pytest.raises(ValueError, match="got loss_type='dft'"):
+        OnlineSelection(trainer, LossReweight())
+    OnlineSelection(trainer, TopLoss(), candidates=2).detach()
+
+
+def test_weights_that_the_model_ignores_are_noticed(tmp_path: Path) -> None:
+    """A model that computes its own cross entropy would train unweighted in silence."""
+    model = make_model()
+    forward = model.forward
+
+    def own_loss(input_ids: Any, labels: Any = None, num_items_in_batch: Any = None, **kw: Any) -> Any:
+        output = forward(input_ids=input_ids, **kw)
+        if labels is not None:
+            output["loss"] = output.logits.sum() * 0.0
+        return output
+
+    model.forward = own_loss
+    trainer = make_trainer(tmp_path, model=model)
+    attach(trainer, LossReweight(min_rows=2))
+    with pytest.raises(RuntimeError, match="must take its loss through 'loss_function'"):
+        trainer.train()
+
+
+def test_detach_restores_the_trainer(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=2)
+    before = dict(trainer.__dict__)
+    callbacks = list(trainer.callback_handler.callbacks)
+    callback = attach(trainer, TopLoss(), candidates=2)
+    assert trainer.__dict__ != before
+    callback.detach()
+    assert trainer.__dict__ == before
+    assert trainer.callback_handler.callbacks == callbacks
+    # And it trains as if the callback had never been there.
+    trainer.train()
+    plain = make_trainer(tmp_path, max_steps=2)
+    plain.train()
+    for a, b in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_detach_after_training_leaves_nothing_on_the_model(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    callback = attach(trainer, LossReweight(min_rows=2))
+    trainer.train()
+    callback.detach()
+    assert "_loss_function" not in trainer.model.__dict__
+    assert not trainer.model.lm_head._forward_pre_hooks and not trainer.model._forward_hooks
+    wrapped = {"get_batch_samples", "get_train_dataloader", "compute_loss", "log"}
+    assert not wrapped & set(trainer.__dict__)
+
+
+def test_tokenizer_helper_pads_with_zero() -> None:
+    assert make_tokenizer().pad_token_id == 0

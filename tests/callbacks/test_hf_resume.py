@@ -1,0 +1,117 @@
+"""A resumed run is the uninterrupted one; a checkpoint that cannot be is refused, nothing lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from onlinesel import strategies
+from onlinesel.strategies import SelectiveBackprop, TopLoss, Uniform
+from tests.callbacks.hosts import attach, make_trainer
+from tests.callbacks.resuming import assert_same, cases
+from tests.callbacks.test_hf_distributed import torchrun
+
+
+def test_every_strategy_is_resumed() -> None:
+    assert set(strategies.__all__) <= set(cases())
+
+
+@pytest.mark.parametrize("name", sorted(cases()))
+def test_resume_in_mid_epoch_is_bit_identical(tmp_path: Path, name: str) -> None:
+    assert_same(tmp_path, name)
+
+
+@pytest.mark.slow
+def test_resume_on_two_processes_is_bit_identical(tmp_path: Path) -> None:
+    torchrun("resuming", str(tmp_path), port=29612, timeout=280)
+
+
+def test_the_comparison_sees_a_lost_state(tmp_path: Path) -> None:
+    """Meta-test: without its state the resumed run chooses other rows."""
+    import tests.callbacks.resuming as resuming
+
+    resuming.train(tmp_path, "SelectiveBackprop", resume=False)
+    for file in (tmp_path / "SelectiveBackprop" / "checkpoint-3").glob("selection*"):
+        file.unlink()
+    _, whole = resuming.train(tmp_path / "again", "SelectiveBackprop", resume=False)
+    _, resumed = resuming.train(tmp_path, "SelectiveBackprop", resume=True)
+    assert any(
+        not torch.equal(a["weights"], b["weights"])
+        for a, b in zip(whole[3:], resumed, strict=True)
+    )
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    trainer = make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    attach(trainer, SelectiveBackprop(), candidates=2)
+    trainer.train()
+    return tmp_path / "checkpoint-2"
+
+
+def resume(folder: Path, checkpoint: Path, strategy: object, **options: object) -> None:
+    trainer = make_trainer(folder, max_steps=3)
+    attach(trainer, strategy, **{"candidates": 2, **options})
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_state_is_json_and_safetensors(checkpoint: Path) -> None:
+    names = sorted(p.name for p in checkpoint.glob("selection*"))
+    assert names == ["selection.json", "selection.safetensors"]
+    facts = json.loads((checkpoint / "selection.json").read_text())
+    assert facts["step"] == 2 and facts["strategy"] == repr(SelectiveBackprop())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "message"),
+    [
+        (TopLoss(), {}, "strategy must be the checkpoint's"),
+        (SelectiveBackprop(beta=3.0), {}, "strategy must be the checkpoint's"),
+        (SelectiveBackprop(), {"candidates": 3}, r"candidates must be the checkpoint's \(2\), got 3"),
+        (SelectiveBackprop(), {"scope": "batch"}, "scope must be the checkpoint's"),
+        (SelectiveBackprop(), {"seed": 1}, r"seed must be the checkpoint's \(0\), got 1"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    tmp_path: Path, checkpoint: Path, strategy: object, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        resume(tmp_path / "other", checkpoint, strategy, **options)
+
+
+def test_a_truncated_state_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    file = checkpoint / "selection.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(ValueError, match="selection state must be whole"):
+        resume(tmp_path / "other", checkpoint, SelectiveBackprop())
+
+
+def test_half_a_state_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    (checkpoint / "selection.json").unlink()
+    with pytest.raises(ValueError, match="must hold selection.json and selection.safetensors"):
+        resume(tmp_path / "other", checkpoint, SelectiveBackprop())
+
+
+def test_damaged_json_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    (checkpoint / "selection.json").write_text('{"format": 1, "sha')
+    with pytest.raises(ValueError, match="must hold selection.json.*JSONDecodeError"):
+        resume(tmp_path / "other", checkpoint, SelectiveBackprop())
+
+
+def test_a_checkpoint_without_selection_starts_it_afresh(tmp_path: Path) -> None:
+    plain = make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    plain.train()
+    trainer = make_trainer(tmp_path / "other", max_steps=3)
+    callback = attach(trainer, Uniform(), candidates=2)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert callback.selector.step == 3
+
+
+def test_a_state_of_several_ranks_does_not_fit_one(tmp_path: Path, checkpoint: Path) -> None:
+    for suffix in ("json", "safetensors"):
+        (checkpoint / f"selection.{suffix}").rename(checkpoint / f"selection-rank0.{suffix}")
+    with pytest.raises(ValueError, match="number of processes that wrote it"):
+        resume(tmp_path / "other", checkpoint, SelectiveBackprop())

@@ -1,0 +1,117 @@
+"""Run by torchrun on two processes: one step of each scenario; what trained goes to JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from onlinesel import Selection, Signals, Strategy
+from onlinesel.callbacks.hf import OnlineSelection
+from onlinesel.scoring import CausalLMScorer
+from onlinesel.strategies import InfoBatch, LossReweight, TopLoss, Uniform
+from tests.callbacks.hosts import attach, make_model, make_sft_trainer, make_trainer
+
+
+@dataclass(frozen=True)
+class KeepIds(Strategy):
+    """Keep the rows of a list, whatever `keep` asks for."""
+
+    wanted: tuple[int, ...] = ()
+
+    def select(self, signals: Signals, state: Any, **_: Any) -> Any:
+        return Selection(torch.isin(signals.row_ids(), torch.tensor(self.wanted)).float()), state
+
+
+def poisoned(bad_rank: int | None) -> Any:
+    """Return a scorer whose losses are nan on one rank (on all for None)."""
+    scorer = CausalLMScorer(("loss",))
+
+    def score(model: Any, batch: Any) -> Signals:
+        signals = scorer(model, batch)
+        if bad_rank is None or dist.get_rank() == bad_rank:
+            return Signals(loss=torch.full_like(signals.loss, float("nan")), tokens=signals.tokens)
+        return signals
+
+    return score
+
+
+def scenarios() -> dict[str, dict[str, Any]]:
+    subset = {"strategy": TopLoss(), "candidates": 3}
+    weights = {"strategy": LossReweight(min_rows=2)}
+    accumulate = {"trainer": {"gradient_accumulation_steps": 3}}
+    return {
+        "subset": subset,
+        "subset-accumulate": {**subset, **accumulate},
+        "subset-samples": {**subset, "normalize": "samples"},
+        "subset-sft": {**subset, **accumulate, "host": make_sft_trainer},
+        "subset-lora": {**subset, "lora": True},
+        "subset-rank": {**subset, **accumulate, "scope": "rank"},
+        "subset-batch": {**subset, **accumulate, "scope": "batch"},
+        "subset-local-count": {**subset, "trainer": {"average_tokens_across_devices": False}},
+        "weights": weights,
+        "weights-accumulate": {**weights, **accumulate},
+        "weights-tokens-sft": {**weights, "normalize": "tokens", "host": make_sft_trainer},
+        "weights-rank": {**weights, "scope": "rank"},
+        "observing": {"strategy": InfoBatch(), **accumulate},
+        "one-rank-empty": {"strategy": KeepIds((44,)), **accumulate, "candidates": 2},
+        "nothing-kept": {"strategy": KeepIds(()), "candidates": 2},
+        "one-rank-nan": {**subset, "scorer": poisoned(1)},
+        "all-nan": {**subset, "scorer": poisoned(None)},
+        "uniform": {"strategy": Uniform()},
+    }
+
+
+def run(folder: Path, name: str, options: dict[str, Any]) -> None:
+    host = options.pop("host", make_trainer)
+    model = make_model(lora=options.pop("lora", False))
+    trainer = host(folder, model=model, **options.pop("trainer", {}))
+    torch.save(model.state_dict(), folder / f"{name}-before.pt")
+    callback: OnlineSelection = attach(trainer, options.pop("strategy"), **options)
+    planned: dict[str, Any] = {}
+    build = callback._plan
+
+    def spying(device: Any) -> Any:
+        planner = build(device)
+        original = type(planner).plan
+
+        def plan(*args: Any) -> Any:
+            result = original(planner, *args)
+            planned.update(
+                ids=[i.tolist() for i in result.ids],
+                weights=[w.tolist() for w in result.weights],
+                normalize=result.normalize,
+                denominator=float(result.denominator),
+            )
+            return result
+
+        planner.plan = plan
+        return planner
+
+    callback._plan = spying  # type: ignore[method-assign]
+    trainer.train()
+    planned["loss"] = trainer.state.log_history[0]["loss"]
+    rank = dist.get_rank()
+    (folder / f"{name}-{rank}.json").write_text(json.dumps(planned))
+    torch.save(model.state_dict(), folder / f"{name}-after-{rank}.pt")
+
+
+def plain(folder: Path) -> None:
+    """The run that `uniform` must equal."""
+    trainer = make_trainer(folder)
+    trainer.train()
+    torch.save(trainer.model.state_dict(), folder / f"plain-after-{dist.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    out = Path(sys.argv[1])
+    plain(out)
+    for scenario, values in scenarios().items():
+        run(out, scenario, values)
+    dist.destroy_process_group()
