@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from onlinesel.callbacks._rows import ROW_ID
 from torch import nn
 
+from onlinesel.callbacks._rows import ROW_ID
 from onlinesel.scoring import CausalLMScorer
 from onlinesel.step import SCOPES
 from onlinesel.types import Strategy

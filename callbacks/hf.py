@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from onlinesel.callbacks import _attach
 from onlinesel.callbacks._checkpoint import load_selection, save_selection
 from onlinesel.callbacks._loss import LossTap, tapped_loss
 from onlinesel.callbacks._meter import StepMeter
 from onlinesel.callbacks._rows import ROW_ID, CarryColumns, NumberedRows, PlanSampler, content_ids
-from torch import Tensor, nn
-
 from onlinesel.distributed import gather_signals
 from onlinesel.report.runlog import RunLog
 from onlinesel.scoring import CausalLMScorer
@@ -266,11 +266,9 @@ class OnlineSelection(TrainerCallback):
             logs.update(self._meter.drain())
         self._call["log"](logs, *args, **kwargs)
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the held-out loss in the record."""
-        self._meter.evaluated(state.global_step, metrics)
+        self._meter.evaluated(state.global_step, kwargs["metrics"])
 
     def _facts(self) -> dict[str, Any]:
         return {

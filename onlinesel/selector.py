@@ -43,7 +43,6 @@ def describe(signals: Signals, selection: Selection) -> dict[str, float]:
     return result
 
 
-
 class Selector:
     """Run a strategy over a sequence of steps, and carry what must survive a checkpoint.
 

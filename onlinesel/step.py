@@ -66,6 +66,27 @@ class StepPlan:
         return None if bool(((weights == 1) | (weights == 0)).all()) else weights
 
 
+@dataclass(frozen=True)
+class _Share:
+    """What one rank holds of a decided step: its batches (arrivals last) and who goes where."""
+
+    batches: list[Batch]
+    ids: list[Tensor]
+    weights: list[Tensor]
+    parts: list[list[Place]]
+
+
+def _split(rows: list[Place], signals: Sequence[Signals]) -> list[list[Place]]:
+    """Split rows over the micro-batches; where all candidates train, leave each in its own."""
+    whole = [[(m, r) for r in range(s.size)] for m, s in enumerate(signals)]
+    if rows == [place for part in whole for place in part]:
+        return whole
+    parts = len(signals)
+    sizes = [len(rows) // parts + (j < len(rows) % parts) for j in range(parts)]
+    bounds = [sum(sizes[:j]) for j in range(parts + 1)]
+    return [rows[bounds[j] : bounds[j + 1]] for j in range(parts)]
+
+
 class StepPlanner:
     """Turn the candidate micro-batches of a step into a :class:`StepPlan`.
 
@@ -115,17 +136,14 @@ class StepPlanner:
         ]
         if self._scope == "batch":
             decisions = [(s, self._select(s, step)) for s in signals]
-            parts, weights, extra = self._stay(decisions), [d.weights for _, d in decisions], []
+            weights = [d.weights for _, d in decisions]
+            parts = [[(m, int(r)) for r in d.rows] for m, (_, d) in enumerate(decisions)]
+            share = _Share(list(batches), list(ids), weights, parts)
         else:
-            decision, parts, weights, extra = self._compete(batches, signals, step)
+            decision, share = self._compete(batches, ids, signals, step)
             decisions = [decision]
-        whole = [*batches, *([extra[0]] if extra else [])]
-        row_ids = [*ids, *([extra[1]] if extra else [])]
-        planned = [
-            self._build(whole, row_ids, weights, rows, batches, signals, j)
-            for j, rows in enumerate(parts)
-        ]
-        new_batches, new_weights, new_ids = (list(part) for part in zip(*planned, strict=True))
+        built = [self._build(share, signals, part) for part in range(len(batches))]
+        new_batches, new_weights, new_ids = (list(column) for column in zip(*built, strict=True))
         return StepPlan(
             new_batches,
             new_weights,
@@ -159,20 +177,12 @@ class StepPlanner:
             )
         return selection
 
-    @staticmethod
-    def _stay(decisions: Sequence[tuple[Signals, Selection]]) -> list[list[Place]]:
-        return [[(m, int(r)) for r in d.rows] for m, (_, d) in enumerate(decisions)]
-
     def _compete(
-        self, batches: Sequence[Batch], signals: Sequence[Signals], step: int
-    ) -> tuple[tuple[Signals, Selection], list[list[Place]], list[Tensor], list[Any]]:
-        """Let all candidates of the scope compete, and split this rank's winners evenly."""
-        local = Signals(
-            **{
-                name: torch.cat([s.present()[name] for s in signals])
-                for name in signals[0].present()
-            }
-        )
+        self, batches: Sequence[Batch], ids: Sequence[Tensor], signals: Sequence[Signals], step: int
+    ) -> tuple[tuple[Signals, Selection], _Share]:
+        """Let all candidates of the scope compete, and give each rank as many winners."""
+        names = signals[0].present()
+        local = Signals(**{name: torch.cat([s.present()[name] for s in signals]) for name in names})
         places = [(m, r) for m, s in enumerate(signals) for r in range(s.size)]
         pool, counts = local, [local.size]
         if self._scope == "global":
@@ -180,60 +190,46 @@ class StepPlanner:
         selection = self._select(pool, step)
         me = rank() if len(counts) > 1 else 0
         first = sum(counts[:me])
-        owners = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         kept = selection.rows
-        holders = owners[kept]
-        targets = deal(holders, len(counts)) if len(counts) > 1 else holders
-        mine = [places[int(k) - first] for k in kept[holders == me]]
+        holders = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))[kept]
+        targets = deal(holders, len(counts))
+        mine = [places[int(row) - first] for row in kept[holders == me]]
         arrived, positions = exchange_rows(
             batches, mine, holders, targets, pad_id=self._pad_id, device=self._device
         )
         came = {k: (len(batches), i) for i, k in enumerate(positions)}
         rows = [
-            came.get(k) or places[int(kept[k]) - first]
+            came[k] if k in came else places[int(kept[k]) - first]
             for k in (targets == me).nonzero().flatten().tolist()
         ]
         own = selection.weights[first : first + local.size]
-        weights = list(own.split([s.size for s in signals]))
-        extra: list[Any] = []
+        share = _Share(
+            list(batches),
+            list(ids),
+            list(own.split([s.size for s in signals])),
+            _split(rows, signals),
+        )
         if arrived is not None:
-            extra = [arrived, pool.row_ids()[kept[positions]]]
-            weights.append(selection.weights[kept[positions]])
-        return (pool, selection), self._split(rows, places, signals), weights, extra
-
-    @staticmethod
-    def _split(
-        rows: list[Place], places: list[Place], signals: Sequence[Signals]
-    ) -> list[list[Place]]:
-        """Split rows over the micro-batches; if all candidates train, leave them where they are."""
-        parts = len(signals)
-        if rows == places:
-            return [[(m, r) for r in range(s.size)] for m, s in enumerate(signals)]
-        sizes = [len(rows) // parts + (j < len(rows) % parts) for j in range(parts)]
-        bounds = [sum(sizes[:j]) for j in range(parts + 1)]
-        return [rows[bounds[j] : bounds[j + 1]] for j in range(parts)]
+            share.batches.append(arrived)
+            share.ids.append(pool.row_ids()[kept[positions]])
+            share.weights.append(selection.weights[kept[positions]])
+        return (pool, selection), share
 
     def _build(
-        self,
-        whole: Sequence[Batch],
-        ids: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        rows: list[Place],
-        batches: Sequence[Batch],
-        signals: Sequence[Signals],
-        index: int,
+        self, share: _Share, signals: Sequence[Signals], part: int
     ) -> tuple[Batch, Tensor, Tensor]:
         """Make one micro-batch, or a silent one-row batch where nothing is left for it."""
+        rows = share.parts[part]
         if not rows:
             # No rank may skip a forward. A row whose scores are finite cannot poison the zero.
             m, r = self._filler(signals)
-            batch = mute_rows(trim(take_rows(batches[m], [r])), torch.tensor([True]))
+            batch = mute_rows(trim(take_rows(share.batches[m], [r])), torch.tensor([True]))
             return batch, torch.zeros(1), signals[m].row_ids()[[r]]
-        if rows == [(index, r) for r in range(signals[index].size)]:
-            return dict(batches[index]), weights[index], ids[index].cpu()
-        picked_weights = torch.stack([weights[m][r] for m, r in rows])
-        picked_ids = torch.stack([ids[m][r].cpu() for m, r in rows])
-        return gather_rows(whole, rows, pad_id=self._pad_id), picked_weights, picked_ids
+        if rows == [(part, r) for r in range(signals[part].size)]:
+            return dict(share.batches[part]), share.weights[part], share.ids[part].cpu()
+        weights = torch.stack([share.weights[m][r] for m, r in rows])
+        ids = torch.stack([share.ids[m][r].cpu() for m, r in rows])
+        return gather_rows(share.batches, rows, pad_id=self._pad_id), weights, ids
 
     @staticmethod
     def _filler(signals: Sequence[Signals]) -> Place:

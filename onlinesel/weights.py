@@ -84,9 +84,7 @@ def uniform_draws(ids: Tensor, generator: torch.Generator) -> Tensor:
     return result.to(ids.device)
 
 
-def draw_rows(
-    probabilities: Tensor, draws: int, ids: Tensor, generator: torch.Generator
-) -> Tensor:
+def draw_rows(probabilities: Tensor, draws: int, ids: Tensor, generator: torch.Generator) -> Tensor:
     """Draw rows **with** replacement by systematic resampling and count them.
 
     One uniform offset places ``draws`` equally spaced pointers on the cumulative probabilities:

@@ -63,7 +63,9 @@ def test_signals_are_the_plain_formulas(build: Any, side: str) -> None:
 def test_rows_choose_what_enters_the_matrix(rows: str) -> None:
     model, inputs = make_model().eval(), batch()
     with torch.no_grad():
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        logits = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+        ).logits
     masks = {
         "attention": inputs["attention_mask"] == 1,
         "response": nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100) != -100,

@@ -83,7 +83,12 @@ def arguments(folder: Path | str, **changes: Any) -> dict[str, Any]:
 
 
 def make_trainer(
-    folder: Path | str, *, model: Any = None, rows: Any = None, collator: Any = collate, **changes: Any
+    folder: Path | str,
+    *,
+    model: Any = None,
+    rows: Any = None,
+    collator: Any = collate,
+    **changes: Any,
 ) -> Trainer:
     return Trainer(
         make_model() if model is None else model,
@@ -104,13 +109,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_sft_trainer(folder: Path | str, *, model: Any = None, rows: Any = None, **changes: Any) -> Any:
+def make_sft_trainer(
+    folder: Path | str, *, model: Any = None, rows: Any = None, **changes: Any
+) -> Any:
     from trl import SFTConfig, SFTTrainer
 
     values = {"bf16": False, "gradient_checkpointing": False, "max_length": None, **changes}
-    config = SFTConfig(
-        **arguments(folder, **values), dataset_kwargs={"skip_prepare_dataset": True}
-    )
+    config = SFTConfig(**arguments(folder, **values), dataset_kwargs={"skip_prepare_dataset": True})
     return SFTTrainer(
         make_model() if model is None else model,
         config,
@@ -135,7 +140,11 @@ def parameters(model: Any) -> dict[str, torch.Tensor]:
 
 
 def reference_gradient(
-    model: Any, rows: list[dict[str, list[int]]], ids: list[int], weights: list[float], normalize: str
+    model: Any,
+    rows: list[dict[str, list[int]]],
+    ids: list[int],
+    weights: list[float],
+    normalize: str,
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Return the gradient and value of the loss contract, row by row and without padding."""
     model.zero_grad()
@@ -159,7 +168,9 @@ def reference_gradient(
 
 
 def relative_error(
-    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], gradient: dict[str, torch.Tensor]
+    before: dict[str, torch.Tensor],
+    after: dict[str, torch.Tensor],
+    gradient: dict[str, torch.Tensor],
 ) -> float:
     """Compare one SGD step with the reference's gradient."""
     moved = torch.cat([((before[n] - after[n]) / LEARNING_RATE).flatten() for n in before])

@@ -155,7 +155,9 @@ def test_weights_that_the_model_ignores_are_noticed(tmp_path: Path) -> None:
     model = make_model()
     forward = model.forward
 
-    def own_loss(input_ids: Any, labels: Any = None, num_items_in_batch: Any = None, **kw: Any) -> Any:
+    def own_loss(
+        input_ids: Any, labels: Any = None, num_items_in_batch: Any = None, **kw: Any
+    ) -> Any:
         output = forward(input_ids=input_ids, **kw)
         if labels is not None:
             output["loss"] = output.logits.sum() * 0.0

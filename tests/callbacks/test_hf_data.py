@@ -105,9 +105,7 @@ def test_group_by_length_still_groups_candidates(tmp_path: Path) -> None:
     rows = Dataset.from_list([{**r, "length": len(r["input_ids"])} for r in make_rows(400)])
     spread = {}
     for strategy in ("random", "group_by_length"):
-        trainer = make_trainer(
-            tmp_path, rows=rows, max_steps=20, train_sampling_strategy=strategy
-        )
+        trainer = make_trainer(tmp_path, rows=rows, max_steps=20, train_sampling_strategy=strategy)
         attach(trainer, Uniform(), candidates=4, record=tmp_path / strategy)
         trainer.train()
         tokens = [torch.tensor(c["tokens"]).float() for c in choices(tmp_path / strategy)]
@@ -169,9 +167,7 @@ def test_reference_losses_from_a_column_a_model_and_the_adapter_agree(tmp_path: 
     for name, reference in (("column", "cached"), ("model", make_model()), ("adapter", "adapter")):
         model = make_model(lora=True)
         trainer = make_trainer(tmp_path, model=model, rows=Dataset.from_list(rows))
-        attach(
-            trainer, RHOLoss(), candidates=4, reference=reference, record=tmp_path / name
-        )
+        attach(trainer, RHOLoss(), candidates=4, reference=reference, record=tmp_path / name)
         trainer.train()
         choice = choices(tmp_path / name)[0]
         scores[name] = [s for _, s in sorted(zip(choice["ids"], choice["scores"], strict=True))]
@@ -199,7 +195,9 @@ def test_shadow_logs_what_it_would_do_and_changes_nothing(tmp_path: Path) -> Non
     shadowed.train()
     for a, b in zip(plain.model.parameters(), shadowed.model.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert [h["selection/kept_share"] for h in shadowed.state.log_history if "loss" in h] == [0.5] * 3
+    assert [h["selection/kept_share"] for h in shadowed.state.log_history if "loss" in h] == [
+        0.5
+    ] * 3
 
 
 def test_bf16_autocast_trains_and_scores(tmp_path: Path) -> None:

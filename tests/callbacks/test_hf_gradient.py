@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+
+from onlinesel import Chain
+from onlinesel.strategies import LossReweight, TopLoss, Uniform
 from tests.callbacks.hosts import (
     attach,
     choices,
@@ -20,9 +23,6 @@ from tests.callbacks.hosts import (
     reference_gradient,
     relative_error,
 )
-
-from onlinesel import Chain
-from onlinesel.strategies import LossReweight, TopLoss, Uniform
 
 SUBSET = (TopLoss(), {"candidates": 3})
 WEIGHTS = (LossReweight(min_rows=2), {})

@@ -39,8 +39,7 @@ def test_the_comparison_sees_a_lost_state(tmp_path: Path) -> None:
     _, whole = resuming.train(tmp_path / "again", "SelectiveBackprop", resume=False)
     _, resumed = resuming.train(tmp_path, "SelectiveBackprop", resume=True)
     assert any(
-        not torch.equal(a["weights"], b["weights"])
-        for a, b in zip(whole[3:], resumed, strict=True)
+        not torch.equal(a["weights"], b["weights"]) for a, b in zip(whole[3:], resumed, strict=True)
     )
 
 
@@ -70,7 +69,11 @@ def test_state_is_json_and_safetensors(checkpoint: Path) -> None:
     [
         (TopLoss(), {}, "strategy must be the checkpoint's"),
         (SelectiveBackprop(beta=3.0), {}, "strategy must be the checkpoint's"),
-        (SelectiveBackprop(), {"candidates": 3}, r"candidates must be the checkpoint's \(2\), got 3"),
+        (
+            SelectiveBackprop(),
+            {"candidates": 3},
+            r"candidates must be the checkpoint's \(2\), got 3",
+        ),
         (SelectiveBackprop(), {"scope": "batch"}, "scope must be the checkpoint's"),
         (SelectiveBackprop(), {"seed": 1}, r"seed must be the checkpoint's \(0\), got 1"),
     ],

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from onlinesel import Selection, Selector, Signals, Strategy, When
+from onlinesel.strategies import LossReweight, TopLoss, Uniform
+
+LOSS = torch.tensor([1.0, 4.0, 2.0, 3.0])
+
+
+@dataclass(frozen=True)
+class Counter(Strategy):
+    """Remembers what it was asked and draws once."""
+
+    needs = ("loss",)
+    observes = ("loss",)
+
+    def init(self) -> dict[str, torch.Tensor]:
+        return {"calls": torch.tensor(0), "seen": torch.tensor(0.0)}
+
+    def select(self, signals, state, *, keep, step, generator):  # type: ignore[no-untyped-def]
+        drawn = torch.rand((), generator=generator)
+        metrics = {"keep": torch.tensor(keep), "at": torch.tensor(step), "drawn": drawn}
+        weights = torch.ones(signals.size)
+        return Selection(weights, None, metrics), {**state, "calls": state["calls"] + 1}
+
+    def observe(self, signals, state):  # type: ignore[no-untyped-def]
+        return {**state, "seen": state["seen"] + signals.loss.sum()}
+
+
+@dataclass(frozen=True)
+class Wrong(Strategy):
+    def select(self, signals, state, *, keep, step, generator):  # type: ignore[no-untyped-def]
+        return Selection(torch.ones(signals.size + 1)), state
+
+
+def test_keep_defaults_to_all_and_is_cut_to_what_there_is() -> None:
+    selector, signals = Selector(Counter()), Signals(loss=LOSS)
+    asked = [selector.select(signals, keep=k).metrics["keep"].item() for k in (None, 2, 4, 9)]
+    assert asked == [4, 2, 4, 4]
+
+
+def test_steps_are_counted_unless_given() -> None:
+    selector, signals = Selector(Counter()), Signals(loss=LOSS)
+    at = [selector.select(signals, step=s).metrics["at"].item() for s in (None, None, 10, None)]
+    assert at == [0, 1, 10, 11] and selector.step == 12
+
+
+def test_observations_reach_the_strategy() -> None:
+    selector = Selector(Counter())
+    selector.observe(Signals(loss=LOSS))
+    assert selector.state_dict()["tensors"]["state.seen"].item() == 10.0
+
+
+def test_the_state_continues_where_it_was_taken() -> None:
+    first = Selector(Counter(), seed=1)
+    for _ in range(3):
+        first.select(Signals(loss=LOSS))
+    saved = first.state_dict()
+    second = Selector(Counter(), seed=2)
+    second.load_state_dict(saved)
+    assert second.step == 3 and saved["strategy"] == "Counter()"
+    drawn = [s.select(Signals(loss=LOSS)).metrics["drawn"].item() for s in (first, second)]
+    assert drawn[0] == drawn[1]
+    assert second.state_dict()["tensors"]["state.calls"].item() == 4
+    assert saved["tensors"]["state.calls"].item() == 3
+
+
+def test_the_state_of_another_strategy_is_refused_and_changes_nothing() -> None:
+    selector = Selector(TopLoss())
+    selector.select(Signals(loss=LOSS), keep=1)
+    before = selector.state_dict()
+    message = (
+        r"^Selector: state must come from TopLoss\(lowest=False\), got TopLoss\(lowest=True\)\. "
+        r"Resume with the strategy and hyper-parameters that wrote the checkpoint\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        selector.load_state_dict(Selector(TopLoss(lowest=True), seed=4).state_dict())
+    after = selector.state_dict()
+    assert after["step"] == before["step"] == 1
+    assert torch.equal(after["tensors"]["generator"], before["tensors"]["generator"])
+
+
+@pytest.mark.parametrize("keep", [0, -3])
+def test_keeping_nothing_is_refused(keep: int) -> None:
+    message = rf"^Selector: keep must be at least 1, got {keep}\. Say how many rows train\.$"
+    with pytest.raises(ValueError, match=message):
+        Selector(TopLoss()).select(Signals(loss=LOSS), keep=keep)
+
+
+@pytest.mark.parametrize("strategy", [TopLoss, "top", None])
+def test_something_that_is_no_strategy_is_refused(strategy: Any) -> None:
+    message = r"^Selector: strategy must be a Strategy instance, got .*\. Pass the method itself, "
+    with pytest.raises(TypeError, match=message):
+        Selector(strategy)
+
+
+def test_weights_of_another_length_are_refused() -> None:
+    message = (
+        r"^Wrong: weights must have one row per candidate \(4\), got \(5,\)\. "
+        r"Return 0 for rows that drop\.$"
+    )
+    selector = Selector(Wrong())
+    with pytest.raises(ValueError, match=message):
+        selector.select(Signals(loss=LOSS))
+    assert selector.step == 0
+
+
+def test_metrics_by_hand() -> None:
+    selector = Selector(TopLoss())
+    assert selector.metrics() == {}
+    loss = torch.tensor([1.0, 4.0, float("nan"), 3.0, float("inf")])
+    signals = Signals(loss=loss, tokens=torch.tensor([1, 2, 3, 6, 8]))
+    selector.select(signals, keep=2)
+    assert selector.metrics() == {
+        "kept_share": pytest.approx(2 / 5),
+        "ess": 1.0,
+        "nonfinite": 2.0,
+        "score_kept": 3.5,
+        "score_dropped": 1.0,
+        "length_bias": 1.0,
+    }
+
+
+def test_the_effective_size_shows_uneven_weights() -> None:
+    selector = Selector(LossReweight.paper(kind="linear"))
+    selection = selector.select(Signals(loss=LOSS))
+    w = selection.weights.double()
+    assert selector.metrics()["ess"] == pytest.approx((w.sum() ** 2 / w.square().sum() / 4).item())
+    assert selector.metrics()["ess"] < 0.9
+
+
+def test_metrics_of_a_step_that_keeps_nothing() -> None:
+    selector = Selector(TopLoss())
+    selector.select(Signals(loss=torch.full((3,), float("nan")), tokens=torch.ones(3).long()))
+    assert selector.metrics() == {"kept_share": 0.0, "nonfinite": 3.0}
+
+
+def test_metrics_when_the_host_saved_the_scores_of_a_step_that_needs_none() -> None:
+    selector = Selector(When(TopLoss(), start=5, otherwise=Uniform()))
+    selector.select(Signals(ids=torch.arange(4)), keep=2)
+    assert selector.metrics() == {"kept_share": 0.5, "ess": 1.0}
+
+
+def test_an_embedding_counts_once_a_row_in_nonfinite() -> None:
+    @dataclass(frozen=True)
+    class Far(Strategy):
+        needs = ("embedding",)
+
+        def select(self, signals, state, *, keep, step, generator):  # type: ignore[no-untyped-def]
+            return Selection(torch.ones(signals.size)), state
+
+    selector = Selector(Far())
+    embedding = torch.tensor([[1.0, float("nan")], [float("nan")] * 2, [0.0, 0.0]])
+    selector.select(Signals(embedding=embedding))
+    assert selector.metrics()["nonfinite"] == 2.0
