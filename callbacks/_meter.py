@@ -7,6 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from onlinesel.report.runlog import RunLog
 from onlinesel.selector import describe
 from onlinesel.step import StepPlan
@@ -73,13 +75,15 @@ class StepMeter:
             self._write(self._log, plan, step, seconds)
 
     def _write(self, log: RunLog, plan: StepPlan, step: int, seconds: float) -> None:
-        ids, weights, scores, tokens = [], [], [], []
-        for signals, selection in plan.decisions:
-            ids += signals.row_ids().tolist()
-            weights += selection.weights.tolist()
-            tokens += [] if signals.tokens is None else signals.tokens.tolist()
-            scores += [] if selection.scores is None else selection.scores.tolist()
-        log.choice(step, ids, weights, scores or None, tokens or None)
+        signals, selections = zip(*plan.decisions, strict=True)
+        scores = [s.scores for s in selections if s.scores is not None]
+        log.choice(
+            step,
+            torch.cat([s.row_ids() for s in signals]),
+            torch.cat([s.weights for s in selections]),
+            torch.cat(scores) if len(scores) == len(selections) else None,
+            torch.cat([s.tokens for s in signals]),
+        )
         log.step(
             step=step,
             seconds=self.seconds,

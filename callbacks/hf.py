@@ -122,6 +122,7 @@ class OnlineSelection(TrainerCallback):
             )  # fmt: skip
         self.trainer, self.candidates, self.scope = trainer, candidates, scope
         self.seed, self.shadow = seed, shadow
+        self._reference = reference
         self._columns = _attach.carried_columns(trainer, ids, reference)
         self._scorer = scorer or CausalLMScorer(
             strategy.needs, reference=reference, **strategy.scorer_options
@@ -307,6 +308,8 @@ class OnlineSelection(TrainerCallback):
         seed = self.seed + 1_000_003 * (self._rank or 0)
         self.selector = Selector(self.selector.strategy, seed=seed)
         self._planner, self._seen = None, []
+        if isinstance(self._reference, nn.Module):
+            self._reference.to(self.trainer.args.device)
         self._resume(kwargs.get("resume_from_checkpoint"))
         self._meter.start(self.selector.step, writes=self.trainer.args.process_index == 0)
         try:

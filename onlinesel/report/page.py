@@ -1,0 +1,262 @@
+"""One self-contained HTML page about runs: `onlinesel report RUN_DIR... -o report.html`.
+
+Inline SVG and CSS, no script, no request to anywhere; light and dark follow the reader's setting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from unicodedata import category
+
+from onlinesel.report import drawing, figures, findings, kept, summary
+from onlinesel.report.records import Run, find_runs, read_run
+from onlinesel.report.summary import Arm
+
+try:
+    import jinja2
+    from markupsafe import Markup
+except ImportError as error:
+    raise ImportError(
+        'onlinesel.report needs matplotlib and jinja2: pip install "onlinesel[report]".'
+    ) from error
+
+__all__ = ["main", "render", "table_markdown", "write_report"]
+
+_TEXT = 320
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """A figure of the page with its caption."""
+
+    title: str
+    svg: Markup
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """An example as it is printed."""
+
+    text: str
+    rest: int
+    source: str
+    candidate: int
+    trained: int
+
+
+@dataclass
+class _Budget:
+    """Everything that the page shows about the arms of one budget."""
+
+    title: str
+    curves: list[_Panel] = field(default_factory=list)
+    scores: list[_Panel] = field(default_factory=list)
+    unscored: list[str] = field(default_factory=list)
+    sources: list[_Panel] = field(default_factory=list)
+    lengths: _Panel | None = None
+    repeats: _Panel | None = None
+    time: _Panel | None = None
+    cost: findings.Table | None = None
+    has_choices: bool = False
+    has_rows: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `onlinesel report` and return the exit status.
+
+    Args:
+        argv: Arguments after `report`.
+
+    Example:
+        >>> main(["--help"])
+        Traceback (most recent call last):
+        SystemExit: 0
+    """
+    parser = argparse.ArgumentParser(
+        prog="onlinesel report",
+        description="Write one HTML page about what runs did with their data.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a run, or a folder of runs")
+    parser.add_argument("-o", "--out", default="report.html", help="page to write (%(default)s)")
+    parser.add_argument("--title", help="title of the page")
+    options = parser.parse_args(argv)
+    try:
+        out = write_report(options.runs, options.out, title=options.title)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    sys.stdout.write(f"{out}\n")
+    return 0
+
+
+def write_report(
+    run_dirs: Iterable[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    title: str | None = None,
+) -> Path:
+    """Write the page about all runs in `run_dirs` and return its path.
+
+    Args:
+        run_dirs: Run directories, or folders that hold them.
+        out: HTML file to write.
+        title: Title of the page.
+
+    Example:
+        >>> import tempfile
+        >>> from onlinesel.report import RunLog
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> RunLog(folder / "uds-0").start(name="UDS", seed=0)
+        >>> write_report([folder], folder / "report.html").name
+        'report.html'
+    """
+    if isinstance(run_dirs, (str, os.PathLike)):
+        raise TypeError(
+            f"write_report: run_dirs must be an iterable of paths, got {run_dirs!r}. "
+            "Put it in a list."
+        )
+    runs = [read_run(path) for path in find_runs(run_dirs)]
+    target = Path(out)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Training text can hold lone surrogates, which no encoding of a page can carry.
+    page = render(runs, title=title).encode("utf-8", errors="replace")
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.write_bytes(page)
+    os.replace(temporary, target)
+    return target
+
+
+def table_markdown(runs: Iterable[Run]) -> str:
+    """Return the headline table as markdown, for a README.
+
+    Example:
+        >>> table_markdown([Run(Path(), "UDS", seed=0)]).splitlines()[0][:24]
+        '| Arm | Budget | Seeds |'
+    """
+    return findings.markdown(findings.headline(runs))
+
+
+def render(runs: Sequence[Run], *, title: str | None = None) -> str:
+    """Return the page about `runs` as HTML.
+
+    Example:
+        >>> render([Run(Path(), "UDS")]).startswith("<!doctype html>")
+        True
+    """
+    arms = summary.group_arms(runs)
+    styles = drawing.styles_of(arms)
+    keys = (f"f{number}" for number in count())
+    budgets = [
+        _budget([a for a in arms if a.budget == budget], styles, keys)
+        for budget in dict.fromkeys(arm.budget for arm in arms)
+    ]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("template.html").render(
+        title=title or "What the runs did with their data",
+        palette=drawing.PALETTE,
+        runs=runs,
+        arms=arms,
+        names=list(styles),
+        swatches={
+            n: (f"k{i}", Markup(figures.swatch(s, f"k{i}")))
+            for i, (n, s) in enumerate(styles.items())
+        },
+        headline=findings.headline(runs),
+        clock=figures.within(figures.AXES[summary.clock_of(runs)]),
+        verdicts=findings.verdicts(runs),
+        caveats=findings.caveats(runs),
+        budgets=budgets,
+        repeats=kept.REPEATS,
+        examples=_examples(arms),
+        facts=_facts(runs),
+        now=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+    )
+
+
+def _budget(arms: Sequence[Arm], styles: figures.Styles, keys: Iterable[str]) -> _Budget:
+    key = iter(keys)
+    shown = _Budget(figures.BUDGETS.get(arms[0].budget, str(arms[0].budget)).capitalize())
+    for axis, name in figures.AXES.items():
+        svg = figures.loss_curves(arms, axis, styles, next(key))
+        if svg:
+            shown.curves.append(_Panel(f"Against {figures.within(name)}", Markup(svg)))
+    decided = [kept.decisions(arm) for arm in arms]
+    shown.has_choices = any(flat.ids.size for flat in decided)
+    shown.has_rows = any(run.rows for arm in arms for run in arm.runs)
+    for arm, flat in zip(arms, decided, strict=True):
+        svg = figures.score_histogram(flat, styles[arm.name], arm.name, next(key))
+        if svg:
+            shown.scores.append(_Panel(arm.name, Markup(svg), _score_note(flat)))
+        elif flat.ids.size:
+            shown.unscored.append(arm.name)
+    shares = [kept.share_over_steps(arm) for arm in arms]
+    runs = [run for arm in arms for run in arm.runs]
+    pool = kept.pool_shares(runs)
+    for source in kept.sources_of(runs)[:4]:
+        svg = figures.source_share(arms, shares, source, pool[source], styles, next(key))
+        if svg:
+            note = f"Dotted: its share in the pool, {100 * pool[source]:.3g} %."
+            shown.sources.append(_Panel(source, Markup(svg), note))
+    shown.lengths = _panel("Length", figures.token_lengths(arms, decided, styles, next(key)))
+    shown.repeats = _panel("Repeats", figures.repeats(arms, next(key)))
+    shown.time = _panel("Seconds per step", figures.step_time(arms, styles, next(key)))
+    shown.cost = findings.break_even(arms)
+    return shown
+
+
+def _panel(title: str, svg: str | None) -> _Panel | None:
+    return _Panel(title, Markup(svg)) if svg else None
+
+
+def _score_note(flat: kept.Decisions) -> str:
+    missing = int((flat.scores != flat.scores).sum())
+    share = f"{100 * flat.trained.mean():.3g} % of {flat.ids.size:,} candidates kept."
+    lost = f" {missing:,} had no finite score and are not drawn." if missing else ""
+    return (share + lost).replace(",", "\u202f")
+
+
+def _examples(arms: Sequence[Arm]) -> list[tuple[Arm, list[_Shown], list[_Shown]]]:
+    """Return the examples of each arm that dropped rows, under the first budget that it has."""
+    found: dict[str, tuple[Arm, list[_Shown], list[_Shown]]] = {}
+    for arm in arms:
+        if arm.name not in found:
+            most, least = kept.examples(arm)
+            if most or least:
+                found[arm.name] = (arm, [_shown(e) for e in most], [_shown(e) for e in least])
+    return list(found.values())
+
+
+def _shown(example: kept.Example) -> _Shown:
+    # Control characters other than line breaks and tabs have no place in HTML, nor half characters.
+    drop = ("Cc", "Cs")
+    text = "".join(c for c in example.row.text if c in "\n\t" or category(c) not in drop).strip()
+    head = text[:_TEXT]
+    if len(text) > _TEXT and " " in head[_TEXT // 2 :]:
+        head = head[: head.rindex(" ")].rstrip(" .,;:")
+    return _Shown(
+        head, len(text) - len(head), example.row.source or "", example.candidate, example.trained
+    )
+
+
+def _facts(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Return the distinct values of what describes machine and software, "what: [value, ...]"."""
+    facts: dict[str, list[str]] = {"Hardware": [], "Versions": []}
+    for run in runs:
+        versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+        for what, value in (("Hardware", run.hardware), ("Versions", versions)):
+            if value and value not in facts[what]:
+                facts[what].append(value)
+    return facts

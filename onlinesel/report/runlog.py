@@ -1,0 +1,292 @@
+"""Write the run directory: what was scored, what trained, and what it cost.
+
+A run directory holds `run.json` (who and where) and JSON-lines files: `steps.jsonl` (cost of every
+optimizer step), `choices.jsonl` (candidates and weights of every step), `evals.jsonl` (held-out
+loss) and, optionally, `rows.jsonl` (text and source of the training pool). Every line is flushed
+when it is written, so a killed run loses at most the line that it was writing.
+
+Only one process may write a run directory: under data parallelism, rank 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+from onlinesel.report.records import (
+    FORMAT,
+    Choice,
+    Evaluation,
+    Row,
+    Run,
+    Step,
+    find_runs,
+    read_lines,
+    read_meta,
+    read_run,
+    row_of,
+)
+
+__all__ = ["Choice", "Evaluation", "Row", "Run", "RunLog", "Step", "find_runs", "read_run"]
+
+_STEPPED = ("steps.jsonl", "choices.jsonl", "evals.jsonl")
+_PACKAGES = ("onlinesel", "torch", "transformers", "trl", "lightning", "accelerate")
+
+
+class RunLog:
+    """Append to a run directory, one flushed line at a time.
+
+    Args:
+        path: Directory of this run; created if needed. It must not hold steps already, unless
+            `resume_step` is given, so that two runs never mix.
+        resume_step: Continue a run after this optimizer step: lines with a later step are dropped,
+            so that the steps done again are not counted twice. 0 starts the run afresh.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> with RunLog(folder) as log:
+        ...     log.start(name="UDS", seed=0)
+        ...     log.step(step=1, seconds=0.2, rows=1, candidates=2, loss=float("nan"))
+        ...     log.choice(1, ids=[2**60, 5], weights=[1.0, 0.0], scores=[0.9, 0.1], tokens=[7, 3])
+        >>> run = read_run(folder)
+        >>> run.name, list(run.choices[0].ids), run.steps[0].loss
+        ('UDS', [1152921504606846976, 5], nan)
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, resume_step: int | None = None) -> None:
+        if resume_step is not None and resume_step < 0:
+            raise ValueError(
+                f"RunLog: resume_step must be >= 0, got {resume_step}. "
+                "Pass the number of optimizer steps in the checkpoint."
+            )
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._files: dict[str, IO[str]] = {}
+        used = [n for n in _STEPPED if (self.path / n).exists() and (self.path / n).stat().st_size]
+        if used and resume_step is None:
+            raise ValueError(
+                f"RunLog: path must be a directory without steps, got {self.path} with {used[0]}. "
+                "Pass resume_step=k to continue that run after step k (0 starts it afresh)."
+            )
+        for name in used:
+            _drop_after(self.path / name, operator.index(resume_step or 0))
+
+    def start(self, **meta: Any) -> None:
+        """Write `run.json` in one move.
+
+        Args:
+            **meta: `name` (of the arm, required), `strategy`, `candidates`, `scope`, `seed`,
+                `budget` ("time", "steps" or None), and any further key. `command`, `hardware`,
+                `versions` and `date` are filled in when left out; a resumed run keeps its first
+                date. `clock` ("cpu" or "wall") names the seconds that the report compares arms by.
+
+        Example:
+            >>> import tempfile
+            >>> RunLog(tempfile.mkdtemp()).start(name="Uniform", seed=1, budget="steps")
+        """
+        if not isinstance(meta.get("name"), str) or not meta["name"]:
+            raise ValueError(
+                f"RunLog.start: name must be a non-empty string, got {meta.get('name')!r}. "
+                "Name the arm: runs that differ only by seed share it."
+            )
+        target = self.path / "run.json"
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        defaults: dict[str, Any] = {
+            "strategy": "", "candidates": None, "scope": "", "seed": None, "budget": None,
+            "command": shlex.join(sys.argv), "hardware": _hardware(), "versions": _versions(),
+            "date": read_meta(self.path).get("date", now) if target.exists() else now,
+        }  # fmt: skip
+        record = {"format": FORMAT} | defaults | meta
+        _replace(target, [json.dumps(_plain(record), ensure_ascii=False, indent=1)])
+
+    def step(
+        self,
+        *,
+        step: int,
+        seconds: float,
+        rows: int,
+        candidates: int,
+        cpu_seconds: float | None = None,
+        score_seconds: float | None = None,
+        step_seconds: float | None = None,
+        loss: float | None = None,
+        **metrics: Any,
+    ) -> None:
+        """Append one optimizer step.
+
+        Args:
+            step: Optimizer steps done, this one included.
+            seconds: Training seconds so far by the wall clock, without evaluation.
+            rows: Rows trained so far.
+            candidates: Rows scored so far.
+            cpu_seconds: CPU seconds so far.
+            score_seconds: Seconds of this step spent on scoring and choosing.
+            step_seconds: Seconds of this whole step.
+            loss: Training loss of this step.
+            **metrics: Further numbers, kept under their names.
+
+        Example:
+            >>> import tempfile
+            >>> with RunLog(tempfile.mkdtemp()) as log:
+            ...     log.step(step=1, seconds=0.2, rows=8, candidates=32, lr=1e-3)
+        """
+        self._append("steps.jsonl", {
+            "step": operator.index(step), "seconds": seconds, "cpu_seconds": cpu_seconds,
+            "rows": operator.index(rows), "candidates": operator.index(candidates),
+            "score_seconds": score_seconds, "step_seconds": step_seconds, "loss": loss, **metrics,
+        })  # fmt: skip
+
+    def choice(
+        self,
+        step: int,
+        ids: Iterable[int],
+        weights: Iterable[float],
+        scores: Iterable[float | None] | None = None,
+        tokens: Iterable[int] | None = None,
+    ) -> None:
+        """Append the decision of one optimizer step; lists, arrays and tensors are accepted.
+
+        Args:
+            step: Optimizer step that trained the chosen rows.
+            ids: (N,) int64 ids of the candidates.
+            weights: (N,) weights, 0 for a dropped row.
+            scores: (N,) scores that the strategy compared, if it has any.
+            tokens: (N,) loss tokens of each candidate, if known.
+
+        Example:
+            >>> import tempfile
+            >>> with RunLog(tempfile.mkdtemp()) as log:
+            ...     log.choice(1, ids=[4, 9], weights=[0.0, 1.0])
+        """
+        record: dict[str, Any] = {
+            "step": operator.index(step),
+            "ids": [operator.index(i) for i in _items(ids)],
+            "weights": [_number(w) for w in _items(weights)],
+            "scores": None if scores is None else [_number(s) for s in _items(scores)],
+            "tokens": None if tokens is None else [operator.index(t) for t in _items(tokens)],
+        }
+        for name in ("weights", "scores", "tokens"):
+            if record[name] is not None and len(record[name]) != len(record["ids"]):
+                raise ValueError(
+                    f"RunLog.choice: {name} must have one entry per id, got {len(record[name])} "
+                    f"for {len(record['ids'])} ids. Pass every candidate, weight 0 where dropped."
+                )
+        self._append("choices.jsonl", record)
+
+    def evaluation(
+        self,
+        *,
+        step: int,
+        seconds: float,
+        rows: int,
+        loss: float | None,
+        cpu_seconds: float | None = None,
+        **metrics: Any,
+    ) -> None:
+        """Append one held-out evaluation; its own time must not be in `seconds`.
+
+        Example:
+            >>> import tempfile
+            >>> with RunLog(tempfile.mkdtemp()) as log:
+            ...     log.evaluation(step=0, seconds=0.0, rows=0, loss=4.17)
+        """
+        self._append("evals.jsonl", {
+            "step": operator.index(step), "seconds": seconds, "cpu_seconds": cpu_seconds,
+            "rows": operator.index(rows), "loss": loss, **metrics,
+        })  # fmt: skip
+
+    def rows(self, rows: Iterable[Row | tuple[int, str | None, str] | Mapping[str, Any]]) -> None:
+        """Write `rows.jsonl` about the whole training pool, in place of an earlier one.
+
+        Example:
+            >>> import tempfile
+            >>> RunLog(tempfile.mkdtemp()).rows([(0, "wiki", "One."), {"id": 1, "text": "Two."}])
+        """
+        pool = (row_of(r) if isinstance(r, Mapping) else Row(*r) for r in rows)
+        records = (r._asdict() | {"id": operator.index(r.id)} for r in pool)
+        lines = (json.dumps(r, ensure_ascii=False) for r in records)
+        _replace(self.path / "rows.jsonl", lines)
+
+    def close(self) -> None:
+        """Close the files; a later line opens them again."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
+        if name not in self._files:
+            self._files[name] = _open(self.path / name, "a")
+        self._files[name].write(line + "\n")
+
+
+def _drop_after(file: Path, step: int) -> None:
+    """Drop the lines of `file` whose step is later than `step`, and a truncated last line."""
+    kept = (r for r in read_lines(file, dict) if operator.index(r["step"]) <= step)
+    _replace(file, (json.dumps(r, ensure_ascii=False) for r in kept))
+
+
+def _replace(target: Path, lines: Iterable[str]) -> None:
+    """Write `target` under another name and move it into place: no reader sees half of it."""
+    temporary = target.with_name(target.name + ".tmp")
+    with _open(temporary, "w") as file:
+        file.writelines(line + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, target)
+
+
+def _open(path: Path, mode: str) -> IO[str]:
+    # A lone surrogate cannot be UTF-8; as backslash escape it is the JSON escape of that same text.
+    return path.open(mode, buffering=1, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def _items(values: Any) -> Iterable[Any]:
+    # One transfer for a tensor; element by element would wait for the device N times.
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def _number(value: Any) -> float | int | None:
+    return None if value is None or not math.isfinite(value) else value
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` as plain JSON types; NaN and infinities, which JSON lacks, become None."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return _number(float(value))
+
+
+def _hardware() -> str:
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

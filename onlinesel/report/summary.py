@@ -1,0 +1,285 @@
+"""Numbers of the report: arms over seeds, intervals, time to a loss, the cost of a step.
+
+Standard library only. An arm is the set of runs that share a budget and a name and differ by seed;
+every number of an arm is the mean over its seeds with a 95 % t-interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from onlinesel.report.records import Evaluation, Run
+
+__all__ = [
+    "Arm",
+    "Cost",
+    "Interval",
+    "baseline",
+    "clock_of",
+    "final_losses",
+    "group_arms",
+    "paired_difference",
+    "reach",
+    "relative_reach",
+    "step_cost",
+    "t_interval",
+    "t_quantile",
+]
+
+_T975 = (
+    12.70620, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.30600, 2.26216, 2.22814,
+    2.20099, 2.17881, 2.16037, 2.14479, 2.13145, 2.11991, 2.10982, 2.10092, 2.09302, 2.08596,
+    2.07961, 2.07387, 2.06866, 2.06390, 2.05954, 2.05553, 2.05183, 2.04841, 2.04523, 2.04227,
+)  # fmt: skip
+_Z975 = 1.959963984540054
+_BUDGETS = ("time", "steps", None)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean of `n` values and the half-width of its 95 % t-interval, NaN below two values.
+
+    Example:
+        >>> Interval(2.5, 0.1, 3).text(2)
+        '2.50 ± 0.10'
+    """
+
+    mean: float
+    half: float
+    n: int
+
+    def text(self, digits: int = 3) -> str:
+        """Return "mean ± half", or the mean alone below two values.
+
+        Example:
+            >>> Interval(2.5, float("nan"), 1).text(1)
+            '2.5'
+        """
+        if math.isnan(self.mean):
+            return "–"
+        spread = "" if math.isnan(self.half) else f" ± {self.half:.{digits}f}"
+        return f"{self.mean:.{digits}f}{spread}".replace("-", "−")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The runs that share a budget and a name.
+
+    Example:
+        >>> Arm("UDS", "time", ()).is_baseline
+        False
+    """
+
+    name: str
+    budget: str | None
+    runs: tuple[Run, ...]
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the arm chooses nothing: its name is "uniform" or begins with it."""
+        return self.name.casefold().startswith("uniform")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Mean seconds of one optimizer step, split into scoring and the rest.
+
+    Example:
+        >>> Cost(0.25, 0.75).step
+        1.0
+    """
+
+    score: float
+    train: float
+
+    @property
+    def step(self) -> float:
+        """Seconds of the whole step."""
+        return self.score + self.train
+
+
+def t_quantile(freedom: int) -> float:
+    """Return the 97.5 % quantile of Student's t.
+
+    Args:
+        freedom: Degrees of freedom, at least 1.
+
+    Example:
+        >>> round(t_quantile(2), 3), round(t_quantile(60), 3)
+        (4.303, 2.0)
+    """
+    if freedom < 1:
+        raise ValueError(
+            f"t_quantile: freedom must be >= 1, got {freedom}. Use two values or more."
+        )
+    if freedom <= len(_T975):
+        return _T975[freedom - 1]
+    # Cornish-Fisher expansion around the normal quantile: exact to 1e-5 above 30 degrees.
+    z = _Z975
+    first = (z**3 + z) / (4 * freedom)
+    return z + first + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+def t_interval(values: Iterable[float]) -> Interval:
+    """Return the mean and 95 % t-interval of the finite `values`.
+
+    Example:
+        >>> t_interval([1.0, 2.0, 3.0]).text(2)
+        '2.00 ± 2.48'
+    """
+    finite = [v for v in values if math.isfinite(v)]
+    if len(finite) < 2:
+        return Interval(finite[0] if finite else math.nan, math.nan, len(finite))
+    half = t_quantile(len(finite) - 1) * stdev(finite) / math.sqrt(len(finite))
+    return Interval(fmean(finite), half, len(finite))
+
+
+def group_arms(runs: Iterable[Run]) -> list[Arm]:
+    """Return the arms of `runs`: by budget (time, steps, none), then baseline first, then name.
+
+    Example:
+        >>> from pathlib import Path
+        >>> [arm.name for arm in group_arms([Run(Path(), "UDS"), Run(Path(), "Uniform")])]
+        ['Uniform', 'UDS']
+    """
+    groups: dict[tuple[str | None, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.budget, run.name), []).append(run)
+    arms = [Arm(name, budget, tuple(members)) for (budget, name), members in groups.items()]
+    known = {budget: place for place, budget in enumerate(_BUDGETS)}
+    return sorted(
+        arms,
+        key=lambda a: (
+            known.get(a.budget, len(known)),
+            str(a.budget),
+            not a.is_baseline,
+            a.name.casefold(),
+        ),
+    )
+
+
+def baseline(arms: Iterable[Arm], budget: str | None) -> Arm | None:
+    """Return the uniform arm of `budget`, the shortest name first, or None.
+
+    Example:
+        >>> baseline([Arm("UDS", None, ()), Arm("Uniform", None, ())], None).name
+        'Uniform'
+    """
+    found = [arm for arm in arms if arm.budget == budget and arm.is_baseline]
+    return min(found, key=lambda arm: len(arm.name), default=None)
+
+
+def clock_of(runs: Sequence[Run]) -> str:
+    """Return the field that times the runs: "cpu_seconds" or "seconds".
+
+    The runs' own `clock` decides. Without one, CPU seconds are used if every evaluation has them:
+    on a shared machine they do not grow while another process runs.
+
+    Example:
+        >>> from pathlib import Path
+        >>> clock_of([Run(Path(), "UDS", extra={"clock": "wall"})])
+        'seconds'
+    """
+    named = {run.extra["clock"] for run in runs if "clock" in run.extra}
+    if named:
+        return "cpu_seconds" if named == {"cpu"} else "seconds"
+    evals = [e for run in runs for e in run.evals]
+    timed = bool(evals) and all(math.isfinite(e.cpu_seconds) for e in evals)
+    return "cpu_seconds" if timed else "seconds"
+
+
+def final_losses(arm: Arm) -> list[float]:
+    """Return the last held-out loss of every run that has one.
+
+    Example:
+        >>> final_losses(Arm("UDS", None, ()))
+        []
+    """
+    return [run.evals[-1].loss for run in arm.runs if run.evals]
+
+
+def paired_difference(arm: Arm, base: Arm) -> Interval:
+    """Return the final held-out loss of `arm` minus that of `base`, paired by seed.
+
+    Example:
+        >>> paired_difference(Arm("UDS", None, ()), Arm("Uniform", None, ())).n
+        0
+    """
+    theirs = {run.seed: run.evals[-1].loss for run in base.runs if run.evals}
+    pairs = [(r.evals[-1].loss, theirs[r.seed]) for r in arm.runs if r.evals and r.seed in theirs]
+    return t_interval(mine - other for mine, other in pairs)
+
+
+def reach(run: Run, target: float, axis: str) -> float:
+    """Return where the held-out loss of `run` first falls to `target`, NaN if it never does.
+
+    Args:
+        run: The run; between two evaluations its loss is taken as a straight line.
+        target: Held-out loss to reach.
+        axis: Field of `Evaluation` to measure along: "step", "seconds", "cpu_seconds", "rows".
+
+    Example:
+        >>> from pathlib import Path
+        >>> evals = (Evaluation(0, 0.0, 0, 4.0), Evaluation(10, 8.0, 80, 2.0))
+        >>> reach(Run(Path(), "UDS", evals=evals), 3.0, "seconds")
+        4.0
+    """
+    before: Evaluation | None = None
+    for now in run.evals:
+        if now.loss <= target:
+            here = float(getattr(now, axis))
+            if before is None or not math.isfinite(before.loss):
+                return here
+            start = float(getattr(before, axis))
+            return start + (here - start) * (before.loss - target) / (before.loss - now.loss)
+        before = now
+    return math.nan
+
+
+def relative_reach(arm: Arm, base: Arm, axis: str) -> Interval:
+    """Return how much of the baseline's way `arm` needs to the baseline's final held-out loss.
+
+    Runs are paired by seed; a run whose seed the baseline lacks is compared with the baseline's
+    mean. Below 1 the arm is faster. `n` counts the runs that reach that loss.
+
+    Example:
+        >>> relative_reach(Arm("UDS", None, ()), Arm("Uniform", None, ()), "step").n
+        0
+    """
+    ends = {r.seed: (r.evals[-1].loss, _length(r, axis)) for r in base.runs if r.evals}
+    usable = [end for end in ends.values() if all(map(math.isfinite, end))]
+    if not usable:
+        return t_interval([])
+    mean = (fmean(loss for loss, _ in usable), fmean(length for _, length in usable))
+    ratios = []
+    for run in arm.runs:
+        target, length = ends.get(run.seed, mean)
+        if length > 0:
+            ratios.append(reach(run, target, axis) / length)
+    return t_interval(ratios)
+
+
+def step_cost(arm: Arm) -> Cost | None:
+    """Return the mean cost of one optimizer step of `arm`, or None if no step was timed.
+
+    Example:
+        >>> step_cost(Arm("UDS", None, ())) is None
+        True
+    """
+    costs = []
+    for run in arm.runs:
+        timed = [s for s in run.steps if math.isfinite(s.step_seconds)]
+        if timed:
+            scoring = [s.score_seconds if s.score_seconds > 0 else 0.0 for s in timed]
+            score = fmean(scoring)
+            costs.append((score, fmean(s.step_seconds for s in timed) - score))
+    if not costs:
+        return None
+    return Cost(fmean(score for score, _ in costs), fmean(train for _, train in costs))
+
+
+def _length(run: Run, axis: str) -> float:
+    return reach(run, run.evals[-1].loss, axis)
