@@ -28,14 +28,14 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a * b
 
 
-def _scorer_options(parts: tuple[Strategy, ...]) -> dict[str, object]:
+def _scorer_options(owner: str, parts: tuple[Strategy, ...]) -> dict[str, object]:
     """Merge the parts' scorer options; two parts may share one only if they agree on it."""
     merged: dict[str, object] = {}
     for part in parts:
         for name, value in part.scorer_options.items():
             if merged.setdefault(name, value) != value:
                 raise ValueError(
-                    f"Chain: parts must agree on the scorer option '{name}', got {merged[name]!r} "
+                    f"{owner}: parts must agree on the scorer option '{name}', got {merged[name]!r} "
                     f"and {value!r}. Give both parts the same setting."
                 )
     return merged
@@ -82,12 +82,12 @@ class Chain(Strategy):
             union = dict.fromkeys(n for part in parts for n in getattr(part, name))
             object.__setattr__(self, name, tuple(union))
         object.__setattr__(self, "normalize", parts[-1].normalize)
-        _scorer_options(parts)
+        _scorer_options("Chain", parts)
 
     @property
     def scorer_options(self) -> dict[str, object]:
         """The parts' options, merged."""
-        return _scorer_options(self.parts)
+        return _scorer_options("Chain", self.parts)
 
     def needs_at(self, step: int) -> tuple[str, ...]:
         """Return the union of what the parts need at ``step``."""
@@ -169,7 +169,7 @@ class When(Strategy):
             union = dict.fromkeys(n for part in self._parts for n in getattr(part, name))
             object.__setattr__(self, name, tuple(union))
         object.__setattr__(self, "normalize", self.strategy.normalize)
-        _scorer_options(self._parts)
+        _scorer_options("When", self._parts)
 
     @property
     def _parts(self) -> tuple[Strategy, ...]:
@@ -183,7 +183,7 @@ class When(Strategy):
     @property
     def scorer_options(self) -> dict[str, object]:
         """The parts' options, merged."""
-        return _scorer_options(self._parts)
+        return _scorer_options("When", self._parts)
 
     def needs_at(self, step: int) -> tuple[str, ...]:
         """Return what the side whose turn it is needs."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,6 +43,18 @@ def describe(signals: Signals, selection: Selection) -> dict[str, float]:
         tokens = signals.tokens.float()
         result["length_bias"] = (tokens[kept].mean() / tokens.mean().clamp(min=1e-9)).item()
     return result
+
+
+def _finite_only(selection: Selection, signals: Signals, needs: Sequence[str]) -> Selection:
+    """Take the weight off rows whose needed signals are not finite, whatever the method said."""
+    good = torch.ones(signals.size, dtype=torch.bool)
+    for name, value in signals.present().items():
+        if name in needs:
+            good &= torch.isfinite(value.reshape(signals.size, -1)).all(dim=1)
+    if bool(good.all()):
+        return selection
+    alive = good if selection.weights.dim() == 1 else good[:, None]
+    return replace(selection, weights=torch.where(alive, selection.weights, 0.0))
 
 
 class Selector:
@@ -107,6 +121,7 @@ class Selector:
                 f"({signals.size}), got {tuple(selection.weights.shape)}. "
                 "Return 0 for rows that drop."
             )
+        selection = _finite_only(selection, signals, self.strategy.needs_at(step))
         self.step = step + 1
         self._last = (signals, selection)
         return selection

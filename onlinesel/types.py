@@ -76,7 +76,7 @@ class Signals:
                 )
             object.__setattr__(self, name, value.detach().to(dtype))
             sizes[name] = value.shape[0] if value.dim() else -1
-        if not sizes or min(sizes.values()) < 0 or len(set(sizes.values())) != 1:
+        if not sizes or min(sizes.values()) < 1 or len(set(sizes.values())) != 1:
             raise ValueError(
                 f"Signals: fields must be non-empty tensors of one length N, got {sizes}. "
                 "Give every signal one entry per candidate row."

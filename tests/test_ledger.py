@@ -17,9 +17,7 @@ def made(ids: list[int], loss: list[float], **more: object) -> Ledger:
 
 def same(a: Ledger, b: Ledger) -> bool:
     ours, theirs = a.to_state(), b.to_state()
-    return all(
-        torch.equal(v, theirs[k]) and v.dtype == theirs[k].dtype for k, v in ours.items()
-    )
+    return all(torch.equal(v, theirs[k]) and v.dtype == theirs[k].dtype for k, v in ours.items())
 
 
 def test_values_by_hand() -> None:
@@ -88,6 +86,8 @@ def test_losses_that_are_not_finite_are_left_out() -> None:
     ledger = made([1, 2, 3, 1], [1.0, NAN, INF, NAN])
     assert ledger.ids.tolist() == [1] and ledger.loss.tolist() == [1.0]
     assert ledger.update(torch.tensor([5]), torch.tensor([NAN])) is ledger
+    passed = torch.tensor([False, True, True, False])
+    assert made([1, 2, 3, 4], [NAN, 1.0, 1.0, 1.0], passed=passed).passes.tolist() == [1, 1, 0]
 
 
 def test_an_update_changes_nothing_in_place() -> None:

@@ -68,6 +68,10 @@ def test_the_state_continues_where_it_was_taken() -> None:
     assert drawn[0] == drawn[1]
     assert second.state_dict()["tensors"]["state.calls"].item() == 4
     assert saved["tensors"]["state.calls"].item() == 3
+    third = Selector(Counter())
+    third.load_state_dict(saved)
+    saved["tensors"]["state.calls"].zero_()
+    assert third.state_dict()["tensors"]["state.calls"].item() == 3
 
 
 def test_the_state_of_another_strategy_is_refused_and_changes_nothing() -> None:
@@ -114,7 +118,7 @@ def test_metrics_by_hand() -> None:
     selector = Selector(TopLoss())
     assert selector.metrics() == {}
     loss = torch.tensor([1.0, 4.0, float("nan"), 3.0, float("inf")])
-    signals = Signals(loss=loss, tokens=torch.tensor([1, 2, 3, 6, 8]))
+    signals = Signals(loss=loss, tokens=torch.tensor([1, 2, 3, 8, 6]))
     selector.select(signals, keep=2)
     assert selector.metrics() == {
         "kept_share": pytest.approx(2 / 5),
@@ -122,7 +126,7 @@ def test_metrics_by_hand() -> None:
         "nonfinite": 2.0,
         "score_kept": 3.5,
         "score_dropped": 1.0,
-        "length_bias": 1.0,
+        "length_bias": 1.25,
     }
 
 
@@ -158,3 +162,14 @@ def test_an_embedding_counts_once_a_row_in_nonfinite() -> None:
     embedding = torch.tensor([[1.0, float("nan")], [float("nan")] * 2, [0.0, 0.0]])
     selector.select(Signals(embedding=embedding))
     assert selector.metrics()["nonfinite"] == 2.0
+
+
+def test_a_row_without_a_finite_signal_never_trains_whatever_the_method_says() -> None:
+    class All(Strategy):
+        needs = ("loss",)
+
+        def select(self, signals: Signals, state: Any, **_: Any) -> Any:
+            return Selection(torch.ones(signals.size)), state
+
+    signals = Signals(loss=torch.tensor([1.0, float("nan"), float("inf")]))
+    assert Selector(All()).select(signals).weights.tolist() == [1.0, 0.0, 0.0]

@@ -57,7 +57,8 @@ def test_signals_of_no_common_length_are_refused(
     fields: dict[str, torch.Tensor], sizes: str
 ) -> None:
     message = (
-        "^" + re.escape(f"Signals: fields must be non-empty tensors of one length N, got {sizes}. ")
+        "^"
+        + re.escape(f"Signals: fields must be non-empty tensors of one length N, got {sizes}. ")
         + r"Give every signal one entry per candidate row\.$"
     )
     with pytest.raises(ValueError, match=message):
