@@ -35,8 +35,8 @@ def _scorer_options(owner: str, parts: tuple[Strategy, ...]) -> dict[str, object
         for name, value in part.scorer_options.items():
             if merged.setdefault(name, value) != value:
                 raise ValueError(
-                    f"{owner}: parts must agree on the scorer option '{name}', got {merged[name]!r} "
-                    f"and {value!r}. Give both parts the same setting."
+                    f"{owner}: parts must agree on the scorer option '{name}', got "
+                    f"{merged[name]!r} and {value!r}. Give both parts the same setting."
                 )
     return merged
 
