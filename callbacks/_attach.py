@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from onlinesel.callbacks._rows import ROW_ID
 from onlinesel.scoring import CausalLMScorer
@@ -16,6 +17,7 @@ from onlinesel.types import Strategy
 __all__ = [
     "carried_columns",
     "check_arguments",
+    "check_loader",
     "check_trainer",
     "is_sft",
     "overridden",
@@ -81,6 +83,7 @@ def check_trainer(
     *,
     candidates: int,
     weighs: bool,
+    shadow: bool,
     default_scorer: bool,
     reference: nn.Module | str | None,
 ) -> None:
@@ -114,6 +117,11 @@ def check_trainer(
         (getattr(trainer, "padding_free", False), "padding_free", "off", True,
          "A flattened batch has no rows to choose. Set packing=False and padding_free=False in "
          "SFTConfig, or pack with packing_strategy='wrapped' to choose whole packed rows."),
+        (not getattr(trainer, "_loss_shifts_labels", True), "model",
+         "one whose loss is the shifted causal one", type(trainer.model).__name__,
+         "Rows of masked, sequence-to-sequence and classification models are not scored here."),
+        (trainer.loss_is_scaled_for_ga is False, "loss_is_scaled_for_ga", "None or True", False,
+         "A loss that is averaged over each micro-batch cannot be exact over a step."),
         (not trainer.model_accepts_loss_kwargs and trainer.compute_loss_func is None, "model",
          "one whose forward takes num_items_in_batch", type(trainer.model).__name__,
          "Without it the trainer averages each micro-batch alone and no exact mean exists. Accept "
@@ -123,7 +131,7 @@ def check_trainer(
     ):  # fmt: skip
         if bad:
             refuse(argument, rule, got, remedy)
-    _check_data(trainer, strategy, candidates)
+    _check_data(trainer, strategy, candidates, shadow)
     _check_model(trainer, strategy, default_scorer, reference)
 
 
@@ -139,24 +147,36 @@ def _own_loss(trainer: Any) -> str | None:
     return f"loss_type={loss_type!r}" if is_sft(trainer) and loss_type == "dft" else None
 
 
-def _check_data(trainer: Any, strategy: Strategy, candidates: int) -> None:
+def is_stream(dataset: Any) -> bool:
+    """Return whether rows have no number; a stream may know its length all the same."""
+    return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
+
+
+def _check_data(trainer: Any, strategy: Strategy, candidates: int, shadow: bool) -> None:
     dataset, args = trainer.train_dataset, trainer.args
-    size = len(dataset) if hasattr(dataset, "__len__") else None
-    if dataset is None or size == 0:
+    if dataset is None:
+        refuse("train_dataset", "a dataset with rows", None, "Give the trainer its dataset.")
+    size = None if is_stream(dataset) else len(dataset)
+    if size == 0:
         refuse("train_dataset", "a dataset with rows", "none", "Give the trainer its dataset.")
     planned = None if size is None else strategy.epoch_plan(size, epoch=0, seed=0)
-    if planned is not None and candidates > 1:
+    if planned is not None:
+        for bad, argument, rule, got in (
+            (candidates > 1, "candidates", "1", candidates),
+            (shadow, "shadow", "off", True),
+            (args.train_sampling_strategy != "random", "train_sampling_strategy", "'random'",
+             args.train_sampling_strategy),
+        ):  # fmt: skip
+            if bad:
+                refuse(
+                    argument, f"{rule} for a method that plans whole epochs", got,
+                    f"{type(strategy).__name__} already decides which rows the loader reads.",
+                )  # fmt: skip
+    if size is None and strategy.epoch_plan(1024, epoch=0, seed=0) is not None:
         refuse(
-            "candidates", "1 for a method that plans whole epochs", candidates,
-            f"{type(strategy).__name__} already decides which rows the loader reads.",
+            "train_dataset", "a dataset with a length for an epoch plan", "a stream",
+            "Use a map-style dataset.",
         )  # fmt: skip
-    if size is None and type(strategy).epoch_plan is not Strategy.epoch_plan:
-        # Chain and When override it as well; only a plan they would make is a reason to refuse.
-        if strategy.epoch_plan(1024, epoch=0, seed=0) is not None:
-            refuse(
-                "train_dataset", "a dataset with a length for an epoch plan", "a stream",
-                "Use a map-style dataset.",
-            )  # fmt: skip
     wanted = args.train_batch_size * candidates * args.world_size
     if size is not None and args.dataloader_drop_last and size < wanted:
         refuse(
@@ -190,27 +210,56 @@ def _check_model(
         )  # fmt: skip
 
 
+def check_loader(loader: Any, rows: int, processes: int) -> None:
+    """Refuse a loader that does not load the candidates: a trainer may build its own.
+
+    Args:
+        loader: What the trainer built.
+        rows: Candidates of one micro-batch on one process.
+        processes: Number of processes; accelerate may count the rows of all of them.
+    """
+    found = getattr(loader, "total_batch_size", None) or getattr(loader, "batch_size", None)
+    if found is not None and found not in (rows, rows * processes):
+        refuse(
+            "train dataloader", f"one of {rows} candidates a micro-batch", found,
+            "get_train_dataloader of this trainer sets its own batch size: let it use "
+            "self._train_batch_size, or use candidates=1.",
+        )  # fmt: skip
+
+
 def carried_columns(trainer: Any, ids: str, reference: nn.Module | str | None) -> dict[str, str]:
     """Return which feature keys ride to which batch keys.
 
     Raises:
-        ValueError: A named column is not in the dataset.
+        ValueError: A named column is not in the dataset, or ids are not integers.
     """
     dataset = trainer.train_dataset
     known = getattr(dataset, "column_names", None)
     columns: dict[str, str] = {}
-    if ids == "auto" and "sample_id" in (known or ()):
+    if ids == "auto" and "sample_id" in (known or ()) and _integers(dataset, "sample_id"):
         columns["sample_id"] = ROW_ID
-    elif ids == "auto" and hasattr(dataset, "__len__"):
+    elif ids == "auto" and not is_stream(dataset):
         columns[ROW_ID] = ROW_ID
     elif ids not in ("auto", "hash"):
         columns[ids] = ROW_ID
     if isinstance(reference, str) and reference != "adapter":
         columns[reference] = "reference_loss"
-    for name in columns:
-        if name != ROW_ID and known is not None and name not in known:
+    for name, target in columns.items():
+        if name == ROW_ID or known is None:
+            continue
+        if name not in known:
             refuse(
                 "ids and reference", "columns of the training dataset", repr(name),
                 f"The columns are {', '.join(known)}.",
             )  # fmt: skip
+        if target == ROW_ID and not _integers(dataset, name):
+            refuse(
+                "ids", "a column of integers", repr(name), "Use ids='auto' for row numbers.",
+            )  # fmt: skip
     return columns
+
+
+def _integers(dataset: Any, column: str) -> bool:
+    """Return whether a column is known to hold integers."""
+    feature = (getattr(dataset, "features", None) or {}).get(column)
+    return "int" in str(getattr(feature, "dtype", ""))

@@ -29,15 +29,20 @@ class StepMeter:
         self._record, self._facts = record, facts
         self._log: RunLog | None = None
         self._sums: dict[str, float] = defaultdict(float)
-        self._steps = 0
+        self._counts: dict[str, int] = defaultdict(int)
         self._plan: StepPlan | None = None
         self.seconds = self.cpu_seconds = 0.0
         self.rows = self.candidates = 0
 
-    def start(self, resume_step: int, writes: bool) -> None:
-        """Begin a run; ``writes`` on the one process that keeps the record."""
+    def start(self, resume_step: int | None, writes: bool) -> None:
+        """Begin a run; ``writes`` on the one process that keeps the record.
+
+        ``resume_step`` is None unless a checkpoint is resumed: a folder that holds a run already is
+        then refused rather than emptied.
+        """
         self._sums.clear()
-        self._steps, self._plan = 0, None
+        self._counts.clear()
+        self._plan = None
         if self._record is None or not writes:
             return
         if isinstance(self._record, RunLog):
@@ -55,7 +60,11 @@ class StepMeter:
         self._plan = plan
         for signals, selection in plan.decisions:
             for name, value in describe(signals, selection).items():
-                self._sums[name] += value / len(plan.decisions)
+                self._add(name, value)
+
+    def _add(self, name: str, value: float) -> None:
+        self._sums[name] += value
+        self._counts[name] += 1
 
     def end(self, step: int) -> None:
         """Note that the step which was decided has trained."""
@@ -68,9 +77,8 @@ class StepMeter:
         self.cpu_seconds += time.process_time() - cpu
         self.rows += sum(int((s.weights > 0).sum()) for _, s in plan.decisions)
         self.candidates += sum(s.size for s, _ in plan.decisions)
-        self._sums["score_seconds"] += plan.seconds
-        self._sums["step_seconds"] += seconds
-        self._steps += 1
+        self._add("score_seconds", plan.seconds)
+        self._add("step_seconds", seconds)
         if self._log is not None:
             self._write(self._log, plan, step, seconds)
 
@@ -108,15 +116,17 @@ class StepMeter:
     def drain(self) -> dict[str, float]:
         """Return the means since the last call, under ``selection/``, and forget them.
 
+        Each is the mean over the decisions that had it: a warm-up has no scores to report.
+
         ``score_share`` is the part of a step spent on choosing. ``break_even`` is the share of the
         optimizer steps of uniform training that the method may need at most before it costs more
         time than it saves.
         """
-        steps, self._steps = self._steps, 0
-        if not steps:
+        if not self._counts["step_seconds"]:
             return {}
-        result = {name: total / steps for name, total in self._sums.items()}
+        result = {name: total / self._counts[name] for name, total in self._sums.items()}
         self._sums.clear()
+        self._counts.clear()
         whole = result.pop("step_seconds")
         result["score_share"] = result["score_seconds"] / whole
         result["break_even"] = 1.0 - result["score_share"]

@@ -26,16 +26,31 @@ class NumberedRows(Dataset[Any]):
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
+    def __getattr__(self, name: str) -> Any:
+        """Let the trainer and workers reach the dataset's own methods, as `set_epoch`."""
+        if name == "dataset":  # not there yet while a worker unpickles this object
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.dataset[index], ROW_ID: int(index)}
+        return _numbered(self.dataset[index], index)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         fetch = getattr(self.dataset, "__getitems__", None)
         rows = fetch(indices) if fetch else [self.dataset[i] for i in indices]
-        return [{**row, ROW_ID: int(i)} for i, row in zip(indices, rows, strict=True)]
+        return [_numbered(row, i) for i, row in zip(indices, rows, strict=True)]
+
+
+def _numbered(row: Any, index: int) -> dict[str, Any]:
+    if not isinstance(row, Mapping):
+        raise TypeError(
+            f"OnlineSelection: rows must be mappings of names to values, got {type(row).__name__}. "
+            "Let the dataset return dicts."
+        )
+    return {**row, ROW_ID: int(index)}
 
 
 class CarryColumns:
@@ -54,11 +69,8 @@ class CarryColumns:
         self.columns = dict(columns)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
-        if not all(isinstance(feature, Mapping) for feature in features):
-            raise TypeError(
-                "OnlineSelection: rows must be mappings of names to values, got "
-                f"{type(features[0]).__name__}. Let the dataset return dicts."
-            )
+        if not self.columns:
+            return self.collate(list(features))
         carried = {
             target: torch.tensor([feature[source] for feature in features])
             for source, target in self.columns.items()
@@ -93,7 +105,7 @@ class PlanSampler(Sampler[int]):
 
 
 def content_ids(batch: Mapping[str, Any]) -> Tensor:
-    """Return ids made from the tokens of each row: ``(N,)`` int64.
+    """Return ids made from the tokens and labels of each row: ``(N,)`` int64.
 
     Equal rows have equal ids, wherever and whenever they occur; padding does not count. Used where
     rows have no stable number, as in streams.
@@ -109,9 +121,11 @@ def content_ids(batch: Mapping[str, Any]) -> Tensor:
     tokens = batch["input_ids"].cpu()
     mask = batch.get("attention_mask")
     masks = torch.ones_like(tokens) if mask is None or mask.dim() != 2 else mask.cpu()
+    labels = batch["labels"].cpu() if "labels" in batch else tokens
     digests = []
-    for row, keep in zip(tokens, masks, strict=True):
-        content = row[keep != 0].to(torch.int64).numpy().tobytes()
+    for row, targets, keep in zip(tokens, labels, masks, strict=True):
+        pair = torch.stack([row[keep != 0], targets[keep != 0]]).to(torch.int64)
+        content = pair.numpy().tobytes()
         digest = hashlib.blake2b(content, digest_size=8).digest()
         digests.append(int.from_bytes(digest, "little", signed=True))
     return torch.tensor(digests, dtype=torch.int64)

@@ -28,9 +28,9 @@ from onlinesel.callbacks._meter import StepMeter
 from onlinesel.callbacks._rows import ROW_ID, CarryColumns, NumberedRows, PlanSampler, content_ids
 from onlinesel.distributed import gather_signals
 from onlinesel.report.runlog import RunLog
-from onlinesel.scoring import CausalLMScorer
+from onlinesel.scoring import CausalLMScorer, evaluating
 from onlinesel.selector import Selector
-from onlinesel.step import StepPlanner
+from onlinesel.step import StepPlan, StepPlanner
 from onlinesel.types import Scorer, Signals, Strategy
 
 try:
@@ -72,9 +72,10 @@ class OnlineSelection(TrainerCallback):
         shadow: Score and log what would be chosen, and change nothing.
         reference: Where RHO-Loss gets its reference: a causal LM, ``"adapter"`` (this model with
             its PEFT adapter off), or the name of a column of cached losses.
-        scorer: Replaces the default scorer: ``(model, batch) -> Signals``.
+        scorer: Replaces the default scorer: ``(model, batch) -> Signals``, called in eval mode
+            without gradient.
         record: Folder (or an open :class:`onlinesel.report.runlog.RunLog`) in which every decision
-            is written down for ``onlinesel report``.
+            is written down for ``onlinesel report``. One that holds another run is refused.
 
     Raises:
         ValueError: The arguments, the trainer or its settings cannot give exact selection; the
@@ -112,6 +113,7 @@ class OnlineSelection(TrainerCallback):
             strategy,
             candidates=candidates,
             weighs=self.normalize == "samples" or bool(strategy.observes),
+            shadow=shadow,
             default_scorer=scorer is None,
             reference=reference,
         )
@@ -121,7 +123,7 @@ class OnlineSelection(TrainerCallback):
                 f"{type(strategy).__name__} could not see it without changing how it is computed.",
             )  # fmt: skip
         self.trainer, self.candidates, self.scope = trainer, candidates, scope
-        self.seed, self.shadow = seed, shadow
+        self.seed, self.shadow, self.ids = seed, shadow, ids
         self._reference = reference
         self._columns = _attach.carried_columns(trainer, ids, reference)
         self._scorer = scorer or CausalLMScorer(
@@ -130,6 +132,7 @@ class OnlineSelection(TrainerCallback):
         self._meter = StepMeter(record, self._facts() | {"name": type(strategy).__name__})
         self._planner: StepPlanner | None = None
         self._sampler: PlanSampler | None = None
+        self._running = False
         self._training: list[Tensor] = []
         self._seen: list[tuple[Tensor, Tensor]] = []
         methods = {name: getattr(self, f"_on_{name}") for name in _WRAPPED}
@@ -137,7 +140,16 @@ class OnlineSelection(TrainerCallback):
         self._before = _attach.wrap(trainer, methods)
 
     def detach(self) -> None:
-        """Take the callback off its trainer, which is then as it was before."""
+        """Take the callback off its trainer, which is then as it was before.
+
+        Raises:
+            ValueError: The trainer is training: its loader already holds candidates.
+        """
+        if self._running:
+            _attach.refuse(
+                "detach", "called before or after train()", "a call during training",
+                "Use When(..., stop=step) to end the selection within a run.",
+            )  # fmt: skip
         _attach.restore(self.trainer, self._before)
         if self in self.trainer.callback_handler.callbacks:
             self.trainer.remove_callback(self)
@@ -163,7 +175,11 @@ class OnlineSelection(TrainerCallback):
                 "_get_train_sampler": lambda *_: self._sampler or build_sampler(dataset),
             }
             with _attach.overridden(trainer, changes):
-                return self._call["get_train_dataloader"]()
+                loader = self._call["get_train_dataloader"]()
+                if factor > 1:
+                    size, processes = trainer._train_batch_size, trainer.args.world_size
+                    _attach.check_loader(loader, size, processes)
+                return loader
 
     def _plan_sampler(self, rows: int) -> PlanSampler | None:
         """Return a sampler if the strategy plans its epochs."""
@@ -195,18 +211,24 @@ class OnlineSelection(TrainerCallback):
             batch.pop("reference_loss", None)
         if self.shadow:
             return batches, items
+        self._training, self._seen = list(plan.ids), []
+        return plan.batches, self._weighted(plan)
+
+    def _weighted(self, plan: StepPlan) -> Tensor:
+        """Put row multipliers into the batches that need them; return what the host divides by."""
+        args, items, scale = self.trainer.args, plan.denominator, 1.0
+        if not args.average_tokens_across_devices:
+            items = items / args.world_size  # DDP's mean over ranks is all the averaging there is
+        if float(items) < 1.0:  # SFTTrainer never divides by less than 1
+            items, scale = torch.ones_like(items), 1.0 / float(items)
         observing = bool(self.selector.strategy.observes)
         for index, batch in enumerate(plan.batches):
             multipliers = plan.multipliers(index)
-            if observing and multipliers is None:
+            if multipliers is None and (observing or scale != 1.0):
                 multipliers = (plan.weights[index] > 0).float()
             if multipliers is not None:
-                batch[_WEIGHTS] = multipliers
-        self._training, self._seen = list(plan.ids), []
-        args = self.trainer.args
-        # Where the trainer does not average over ranks itself, DDP's mean is all there is.
-        shared = args.average_tokens_across_devices or args.world_size == 1
-        return plan.batches, plan.denominator if shared else plan.denominator / args.world_size
+                batch[_WEIGHTS] = multipliers * scale
+        return items
 
     def _plan(self, device: torch.device) -> StepPlanner:
         if self._planner is None:
@@ -227,7 +249,8 @@ class OnlineSelection(TrainerCallback):
         with trainer.compute_loss_context_manager():
             if isinstance(self._scorer, CausalLMScorer):
                 return self._scorer(trainer.model_wrapped, batch, core=trainer.model, needs=needs)
-            return self._scorer(trainer.model_wrapped, batch)
+            with evaluating(trainer.model_wrapped):
+                return self._scorer(trainer.model_wrapped, batch)
 
     def _on_compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -276,6 +299,8 @@ class OnlineSelection(TrainerCallback):
             "strategy": repr(self.selector.strategy),
             "candidates": self.candidates,
             "scope": self.scope,
+            "normalize": self.normalize,
+            "ids": self.ids,
             "seed": self.seed,
         }
 
@@ -310,18 +335,22 @@ class OnlineSelection(TrainerCallback):
         self._planner, self._seen = None, []
         if isinstance(self._reference, nn.Module):
             self._reference.to(self.trainer.args.device)
-        self._resume(kwargs.get("resume_from_checkpoint"))
-        self._meter.start(self.selector.step, writes=self.trainer.args.process_index == 0)
+        if isinstance(self._scorer, CausalLMScorer):
+            self._scorer.reset()
+        step = self._resume(kwargs.get("resume_from_checkpoint"))
+        self._meter.start(step, writes=self.trainer.args.process_index == 0)
+        self._running = True
         try:
             return self._call["_inner_training_loop"](*args, **kwargs)
         finally:
+            self._running = False
             self._meter.stop()
 
-    def _resume(self, checkpoint: str | None) -> None:
-        """Read the state of a checkpoint; one written without selection starts it afresh."""
+    def _resume(self, checkpoint: str | None) -> int | None:
+        """Read the state of a checkpoint; return its step, None if it has no selection."""
         found = None if checkpoint is None else load_selection(checkpoint, rank=self._rank)
         if found is None:
-            return
+            return None
         tensors, facts = found
         expected = self._facts()
         if self._rank is not None:
@@ -335,3 +364,4 @@ class OnlineSelection(TrainerCallback):
         self.selector.load_state_dict(
             {"strategy": facts["strategy"], "step": facts["step"], "tensors": tensors}
         )
+        return self.selector.step

@@ -7,6 +7,7 @@ int64 and scores as float32, separately: a float32 loses ids above 2**24.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,14 @@ from torch import Tensor
 from onlinesel.batch import gather_rows, left_padded, token_width, widen
 from onlinesel.types import Signals
 
-__all__ = ["exchange_rows", "gather_signals", "rank", "sum_over_ranks", "world_size"]
+__all__ = [
+    "check_agreement",
+    "exchange_rows",
+    "gather_signals",
+    "rank",
+    "sum_over_ranks",
+    "world_size",
+]
 
 
 def world_size() -> int:
@@ -43,6 +51,32 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     total = value.clone()
     dist.all_reduce(total)
     return total
+
+
+def check_agreement(owner: str, *tensors: Tensor, device: torch.device | str = "cpu") -> None:
+    """Raise on every rank if the ranks do not hold the same values.
+
+    All ranks decide for themselves, which is exact as long as they compute the same bits; a
+    processor of another make or a seed of its own would send rows astray without a word.
+
+    Args:
+        owner: Name used in the error.
+        *tensors: What should be equal everywhere.
+        device: Where the process group's tensors must live.
+
+    Raises:
+        ValueError: The values differ between ranks.
+    """
+    if world_size() == 1:
+        return
+    content = b"".join(t.detach().cpu().contiguous().numpy().tobytes() for t in tensors)
+    digest = int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "little")
+    digests = torch.cat(_gather(torch.tensor([digest], device=device)))
+    if not bool((digests == digest).all()):
+        raise ValueError(
+            f"{owner}: ranks must reach the same decision, got digests {digests.tolist()}. Give "
+            "all ranks the same strategy, seed, checkpoint and kind of processor, or scope='rank'."
+        )
 
 
 def gather_signals(

@@ -29,6 +29,7 @@ __all__ = ["CausalLMScorer", "evaluating", "unwrap"]
 
 _TOKEN_OUTPUTS = {"loss": "nll", "entropy": "entropy", "el2n": "el2n", "grad_norm": "el2n"}
 _NOT_INPUTS = ("labels", "shift_labels", "reference_loss")
+_LONGEST = 131_072  # a fixed number, so that the projection is the same for every model
 _ROWS = ("attention", "response", "all")
 _LENGTHS = ("raw", "rows", "sqrt")
 
@@ -89,7 +90,7 @@ class CausalLMScorer:
         length: ``nuclear_norm`` as it is (``"raw"``), or divided by the number of rows that
             enter it (``"rows"``) or by the root of that number (``"sqrt"``).
         projector: Arguments of :class:`onlinesel.kernels.JLProjector` without ``vocab``; ``time``
-            None takes the model's ``max_position_embeddings``.
+            None covers rows of up to 131,072 tokens.
         reference: Where ``reference_loss`` comes from: another causal LM, ``"adapter"`` (the PEFT
             adapter of the scored model switched off), or None.
         refresh_every: Steps between rebuilds of ``W^T W`` and the folded projection if the head
@@ -139,11 +140,17 @@ class CausalLMScorer:
         self._projector_options = dict(projector or {})
         self._projector: JLProjector | None = None
         self._built: dict[str, Any] = {}
+        self._fresh: tuple[nn.Module, LMHead] | None = None
         self._age = 0
 
     def advance(self) -> None:
         """Tell the scorer that the optimizer has stepped: what derives from the head is stale."""
         self._age += 1
+        self._fresh = None
+
+    def reset(self) -> None:
+        """Forget everything that derives from a model, because another run begins."""
+        self._built, self._fresh, self._age = {}, None, 0
 
     def __call__(
         self,
@@ -211,10 +218,11 @@ class CausalLMScorer:
         wanted = {n: _TOKEN_OUTPUTS[n] for n in needs if n in _TOKEN_OUTPUTS}
         if not wanted:
             return {}
-        # The head is read afresh: its tensors move in place while W^T W may be some steps old.
-        scores = token_scores(
-            hidden, LMHead.from_model(core), labels, outputs=tuple(dict.fromkeys(wanted.values()))
-        )
+        # Read once per step, however old W^T W may be: adapters on a head make a new weight.
+        if self._fresh is None or self._fresh[0] is not core:
+            self._fresh = (core, LMHead.from_model(core))
+        head = self._fresh[1]
+        scores = token_scores(hidden, head, labels, outputs=tuple(dict.fromkeys(wanted.values())))
         count = scores.mask.sum(dim=1).to(torch.float32)
         count = torch.where(count > 0, count, float("nan"))
         result = {}
@@ -243,7 +251,7 @@ class CausalLMScorer:
         if "nuclear_norm" in needs:
             result["nuclear_norm"] = self._nuclear_norm(hidden, head, rows)
         if "embedding" in needs:
-            projector = self._make_projector(head, core)
+            projector = self._make_projector(head)
             folded = head if head.softcap else self._derived("fold", lambda: projector.fold(head))
             result["embedding"] = projector.project(
                 hidden, folded, rows, compact=self._projector_options.get("compact", True)
@@ -259,11 +267,10 @@ class CausalLMScorer:
         count = (full if rows is None else rows.sum(dim=1)).clamp(min=1).to(norm)
         return norm / (count if self._length == "rows" else count.sqrt())
 
-    def _make_projector(self, head: LMHead, core: nn.Module) -> JLProjector:
+    def _make_projector(self, head: LMHead) -> JLProjector:
         if self._projector is None:
             options = {k: v for k, v in self._projector_options.items() if k != "compact"}
-            config = getattr(core, "config", None)
-            time = options.pop("time", None) or getattr(config, "max_position_embeddings", 4096)
+            time = options.pop("time", None) or _LONGEST
             self._projector = JLProjector(head.vocab_size, time, **options)
         return self._projector
 

@@ -9,6 +9,7 @@ halves the gradient when half of the rows are kept.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,13 @@ import torch
 from torch import Tensor
 
 from onlinesel.batch import count_labels, deal, gather_rows, mute_rows, rows_in, take_rows, trim
-from onlinesel.distributed import exchange_rows, gather_signals, rank, sum_over_ranks
+from onlinesel.distributed import (
+    check_agreement,
+    exchange_rows,
+    gather_signals,
+    rank,
+    sum_over_ranks,
+)
 from onlinesel.selector import Selector
 from onlinesel.types import Selection, Signals
 
@@ -119,6 +126,7 @@ class StepPlanner:
         self._normalize = normalize
         self._pad_id = pad_id
         self._device = device
+        self._warned = False
 
     def plan(self, batches: Sequence[Batch], ids: Sequence[Tensor], step: int) -> StepPlan:
         """Decide about the candidates of one step.
@@ -157,6 +165,11 @@ class StepPlanner:
     def _signals(self, batch: Batch, ids: Tensor, needs: Sequence[str]) -> Signals:
         """Score one micro-batch; tokens and ids are known without a forward."""
         size = rows_in(batch, "StepPlanner")
+        if "labels" not in batch and "shift_labels" not in batch:
+            raise ValueError(
+                f"StepPlanner: batch must hold 'labels', got {sorted(batch)}. Let the collator "
+                "give the labels of a causal language model, -100 where no loss is taken."
+            )
         wanted = [name for name in needs if name not in ("ids", "tokens")]
         found = dict(self._score(batch, wanted).present()) if wanted else {}
         if ids.shape[0] != size:
@@ -175,6 +188,16 @@ class StepPlanner:
                 "StepPlanner: weights must be one per row, got shape "
                 f"{tuple(selection.weights.shape)}. Token weights belong to the RL hosts."
             )
+        kept = selection.rows.numel()
+        if self._candidates > 1 and kept > keep and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{kept} of {signals.size} candidates train where {keep} were asked for: "
+                f"{self.selector.strategy} does not drop rows down to one in "
+                f"{self._candidates}, and a step needs more memory. Use candidates=1 with methods "
+                "that only weigh, and When(..., otherwise=Uniform()).",
+                stacklevel=2,
+            )
         return selection
 
     def _compete(
@@ -188,6 +211,8 @@ class StepPlanner:
         if self._scope == "global":
             pool, counts = gather_signals(local, self._device)
         selection = self._select(pool, step)
+        if self._scope == "global":
+            check_agreement("StepPlanner", pool.row_ids(), selection.weights, device=self._device)
         me = rank() if len(counts) > 1 else 0
         first = sum(counts[:me])
         kept = selection.rows

@@ -209,6 +209,11 @@ class Strategy(ABC):
         """Keyword arguments of the scorer that belong to the method (which rows count, ...)."""
         return {}
 
+    def __repr__(self) -> str:
+        """Name the method and its settings; a checkpoint is recognised by it."""
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__qualname__}({settings})"
+
     def needs_at(self, step: int) -> tuple[str, ...]:
         """Return the signals that :meth:`select` reads at ``step``: a subset of ``needs``.
 

@@ -215,7 +215,7 @@ class JLProjector:
     def _time_map(self, mask: Tensor, compact: bool, dtype: torch.dtype) -> Tensor:
         """Return ``Q`` for each sample, (B, T, time_dim), zero at the rows that do not count."""
         assert self.signs_time is not None and self.index_time is not None
-        table = _cosines(self.signs_time, self.index_time, slice(None))
+        table = _cosines(self.signs_time, self.index_time, slice(0, mask.shape[1]))
         if self.scale == "unit":
             table = table * (2.0 / math.sqrt(self.vocab * self.time))
         places = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
@@ -226,7 +226,7 @@ class JLProjector:
             if longest > self.time:
                 raise ValueError(
                     f"JLProjector.project: hidden must have at most time={self.time} rows, got "
-                    f"{longest}. Build the projector with time={longest}, or truncate."
+                    f"{longest}. Give the projector (or UDS) time={longest}, or truncate."
                 )
         picked = table.to(device=mask.device, dtype=dtype)[places.clamp(min=0)]
         return picked * mask.unsqueeze(2)
@@ -255,8 +255,10 @@ class JLProjector:
 def _cosines(signs: Tensor, index: Tensor, part: slice) -> Tensor:
     """Return rows of ``s_v cos(2 pi v i_k / n) sqrt(n / r)`` in float64."""
     size, kept = signs.numel(), index.numel()
-    # The product is reduced in integers: 2 pi v k / n of a large v k would lose its phase. The
-    # cosines are those of n angles, so they are looked up rather than computed (n, kept) times.
-    table = torch.cos(torch.arange(size, dtype=torch.float64) * (2.0 * math.pi / size))
+    # The product is reduced in integers: 2 pi v k / n of a large v k would lose its phase.
     phase = (torch.arange(size)[part].unsqueeze(1) * index) % size
-    return table[phase] * (signs[part].double().unsqueeze(1) * math.sqrt(size / kept))
+    if phase.numel() < size:
+        cosines = torch.cos(phase.double() * (2.0 * math.pi / size))
+    else:  # there are only n angles: look them up
+        cosines = torch.cos(torch.arange(size, dtype=torch.float64) * (2.0 * math.pi / size))[phase]
+    return cosines * (signs[part].double().unsqueeze(1) * math.sqrt(size / kept))

@@ -156,7 +156,7 @@ class UDS(Strategy):
         scale: Of the projection, ``"unit"`` or ``"uds"``; alpha belongs to it.
         vocab_dim: Size of the projection over the vocabulary.
         time_dim: Size of the projection over time.
-        time: Positions that the projection covers; None for as many as the model can take.
+        time: Positions that the projection covers; longer rows are refused. None for 131,072.
         compact: Move a row's positions to the front before projecting over time.
         projector_seed: Seed of the projection.
         greedy: Rows chosen earlier in the same step count towards the distance.

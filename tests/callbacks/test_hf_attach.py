@@ -9,6 +9,8 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
+from torch.utils.data import DataLoader
+from transformers import ModernBertConfig, ModernBertForMaskedLM, Trainer
 
 from onlinesel import Selection, Signals, Strategy
 from onlinesel.callbacks.hf import OnlineSelection
@@ -48,7 +50,17 @@ class Encoder(nn.Module):
         return {"loss": self.layer.weight.sum()}
 
 
-class NoKwargs(Encoder):
+class Headless(Encoder):
+    loss_type = "ForCausalLM"
+
+
+def masked_model() -> Any:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "pad_token_id": 0}
+    depth = {"num_hidden_layers": 1, "num_attention_heads": 4, "cls_token_id": 1}
+    return ModernBertForMaskedLM(ModernBertConfig(**sizes, **depth, sep_token_id=2))
+
+
+class NoKwargs(Headless):
     def forward(self, input_ids: torch.Tensor, labels: Any = None) -> Any:
         return {"loss": self.layer.weight.sum()}
 
@@ -67,12 +79,15 @@ class NoKwargs(Encoder):
         (RHOLoss(), {"reference": "adapter"}, "reference must be a model or a column where no"),
         (RHOLoss(), {"reference": "cached"}, "must be columns of the training dataset"),
         (RS2(fraction=0.5), {"candidates": 2}, "candidates must be 1 for a method that plans"),
+        (RS2(fraction=0.5), {"shadow": True}, "shadow must be off for a method that plans"),
+        (TopLoss(), {"ids": "name"}, "ids must be a column of integers, got 'name'"),
         (InfoBatch(), {"shadow": True}, "shadow must be off for a method that learns"),
         ("TopLoss", {}, "strategy must be a Strategy instance, got 'TopLoss'"),
     ],
 )
 def test_bad_arguments(tmp_path: Path, strategy: Any, options: Any, message: str) -> None:
-    trainer = make_trainer(tmp_path, rows=Dataset.from_list(make_rows()))
+    rows = [{**row, "name": "x"} for row in make_rows()]
+    trainer = make_trainer(tmp_path, rows=Dataset.from_list(rows))
     before = dict(trainer.__dict__)
     with pytest.raises((ValueError, TypeError), match=message):
         OnlineSelection(trainer, strategy, **options)
@@ -87,7 +102,14 @@ def test_bad_arguments(tmp_path: Path, strategy: Any, options: Any, message: str
         ({"train_sampling_strategy": "batch_rebalance"}, TopLoss(), "not 'batch_rebalance'"),
         ({"label_smoothing_factor": 0.1}, LossReweight(), "got label_smoothing_factor"),
         ({"label_smoothing_factor": 0.1}, InfoBatch(), "got label_smoothing_factor"),
-        ({"model": Encoder()}, TopLoss(), "model must be a causal language model with an LM head"),
+        ({"model": Encoder()}, TopLoss(), "loss is the shifted causal one"),
+        (
+            {"model": masked_model()},
+            Uniform(),
+            "whose loss is the shifted causal one, got ModernBe",
+        ),
+        ({"model": Headless()}, TopLoss(), "model must be a causal language model with an LM head"),
+        ({"train_sampling_strategy": "group_by_length"}, RS2(), "must be 'random' for a method"),
         ({"model": NoKwargs()}, Uniform(), "model must be one whose forward takes num_items"),
         (
             {"dataloader_drop_last": True, "per_device_train_batch_size": 40},
@@ -99,7 +121,7 @@ def test_bad_arguments(tmp_path: Path, strategy: Any, options: Any, message: str
 def test_bad_trainers(tmp_path: Path, changes: Any, strategy: Any, message: str) -> None:
     trainer = make_trainer(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
-        OnlineSelection(trainer, strategy, candidates=2)
+        OnlineSelection(trainer, strategy, candidates=1 if isinstance(strategy, RS2) else 2)
 
 
 def test_data_parallel_is_refused(tmp_path: Path) -> None:
@@ -185,6 +207,50 @@ def test_detach_restores_the_trainer(tmp_path: Path) -> None:
     plain.train()
     for a, b in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_detach_during_training_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=3)
+    callback = attach(trainer, TopLoss(), candidates=2)
+    score = callback._scorer
+
+    def detaching(*args: Any, **kwargs: Any) -> Signals:
+        callback.detach()
+        return score(*args, **kwargs)
+
+    callback._scorer = detaching
+    with pytest.raises(ValueError, match="detach must be called before or after train"):
+        trainer.train()
+    callback.detach()
+
+
+def test_a_loader_that_ignores_the_candidates_is_refused(tmp_path: Path) -> None:
+    class OwnLoader(Trainer):
+        def get_train_dataloader(self) -> Any:
+            collator = self.data_collator
+            return DataLoader(self.train_dataset, batch_size=2, collate_fn=collator)
+
+    made = make_trainer(tmp_path)
+    trainer = OwnLoader(
+        made.model, made.args, train_dataset=make_rows(), data_collator=made.data_collator
+    )
+    attach(trainer, TopLoss(), candidates=3)
+    with pytest.raises(ValueError, match="train dataloader must be one of 6 candidates .*, got 2"):
+        trainer.train()
+
+
+def test_a_record_is_never_emptied_by_another_run(tmp_path: Path) -> None:
+    for strategy in (TopLoss(), Uniform()):
+        trainer = make_trainer(tmp_path / "out", max_steps=2)
+        callback = attach(trainer, strategy, candidates=2, record=tmp_path / "record")
+        if isinstance(strategy, TopLoss):
+            trainer.train()
+    kept = (tmp_path / "record" / "choices.jsonl").read_text()
+    with pytest.raises(ValueError, match="RunLog: path must be a directory without steps"):
+        trainer.train()
+    callback.detach()
+    assert (tmp_path / "record" / "choices.jsonl").read_text() == kept
+    assert "TopLoss" in (tmp_path / "record" / "run.json").read_text()
 
 
 def test_detach_after_training_leaves_nothing_on_the_model(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import IterableDataset as TorchIterable
 
+from onlinesel import Signals, When
 from onlinesel.callbacks._rows import content_ids
-from onlinesel.strategies import RS2, LossReweight, RHOLoss, TopLoss, Uniform
+from onlinesel.strategies import RS2, UDS, LossReweight, RHOLoss, TopLoss, Uniform
 from tests.callbacks.hosts import (
     attach,
     choices,
@@ -148,6 +149,114 @@ def test_rows_with_nan_losses_are_counted_and_never_chosen(tmp_path: Path) -> No
     counted = sum(h["selection/nonfinite"] for h in trainer.state.log_history if "loss" in h)
     assert counted == len(poisoned)
     assert torch.isfinite(model.lm_head.weight).all()
+
+
+def test_a_stream_that_knows_its_length_is_a_stream(tmp_path: Path) -> None:
+    class Measured(Stream):
+        def __len__(self) -> int:
+            return 48
+
+    trainer = make_trainer(tmp_path, rows=Measured(), max_steps=2)
+    attach(trainer, TopLoss(), candidates=4, record=tmp_path / "record")
+    trainer.train()
+    expected = [int(content_ids(collate([row]))[0]) for row in make_rows()]
+    assert sum((c["ids"] for c in choices(tmp_path / "record")), []) == expected[:16]
+
+
+def test_a_sample_id_that_is_no_integer_falls_back_to_row_numbers(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{**r, "sample_id": f"row-{i}"} for i, r in enumerate(make_rows())])
+    trainer = make_trainer(tmp_path, rows=rows, max_steps=-1, num_train_epochs=1)
+    attach(trainer, Uniform(), record=tmp_path / "record")
+    trainer.train()
+    seen = sum((choice["ids"] for choice in choices(tmp_path / "record")), [])
+    assert sorted(seen) == list(range(48))
+
+
+def test_the_dataset_is_still_told_its_epoch(tmp_path: Path) -> None:
+    class Counting(list):  # type: ignore[type-arg]
+        def set_epoch(self, epoch: int) -> None:
+            epochs.append(epoch)
+
+    epochs: list[int] = []
+    whole = {"rows": Counting(make_rows()), "num_train_epochs": 2, "max_steps": -1}
+    make_trainer(tmp_path, **whole).train()
+    plain, epochs[:] = list(epochs), []
+    trainer = make_trainer(tmp_path, **whole)
+    attach(trainer, Uniform())
+    trainer.train()
+    assert plain and epochs == plain
+
+
+def test_rows_that_are_not_mappings_are_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, rows=[(1, 2), (3, 4)])
+    attach(trainer, Uniform())
+    with pytest.raises(TypeError, match="rows must be mappings of names to values, got tuple"):
+        trainer.train()
+
+
+def test_a_batch_without_labels_is_refused(tmp_path: Path) -> None:
+    def unlabelled(features: Any) -> Any:
+        return {k: v for k, v in collate(features).items() if k != "labels"}
+
+    trainer = make_trainer(tmp_path, collator=unlabelled)
+    attach(trainer, TopLoss())
+    with pytest.raises(ValueError, match="batch must hold 'labels', got"):
+        trainer.train()
+
+
+def test_equal_tokens_with_other_labels_are_other_rows() -> None:
+    row = make_rows(1)[0]
+    other = {**row, "labels": [-100] * len(row["labels"])}
+    ids = content_ids(collate([row, other, row]))
+    assert ids[0] == ids[2] != ids[1]
+
+
+def test_metrics_are_means_over_the_steps_that_have_them(tmp_path: Path) -> None:
+    """Every other step has no scores: the mean is that of the others, not half of it."""
+    trainer = make_trainer(tmp_path, max_steps=4, logging_steps=4)
+    strategy = When(TopLoss(), every=2, otherwise=Uniform())
+    attach(trainer, strategy, candidates=2, record=tmp_path / "record")
+    trainer.train()
+    means = []
+    for choice in choices(tmp_path / "record"):
+        if choice["scores"] is not None:
+            pairs = zip(choice["scores"], choice["weights"], strict=True)
+            means.append(float(torch.tensor([s for s, w in pairs if w > 0]).mean()))
+    logged = trainer.state.log_history[0]["selection/score_kept"]
+    assert len(means) == 2 and logged == pytest.approx(sum(means) / 2)
+
+
+def test_too_many_trained_rows_are_pointed_out(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    attach(trainer, LossReweight(min_rows=2), candidates=2)
+    with pytest.warns(UserWarning, match="4 of 4 candidates train where 2 were asked for"):
+        trainer.train()
+
+
+def test_a_scorer_of_ones_own_runs_in_eval_mode_without_gradient(tmp_path: Path) -> None:
+    seen = []
+
+    def score(model: Any, batch: Any) -> Signals:
+        seen.append((model.training, torch.is_grad_enabled()))
+        return Signals(loss=batch["input_ids"].float().mean(dim=1))
+
+    trainer = make_trainer(tmp_path)
+    attach(trainer, TopLoss(), candidates=2, scorer=score)
+    trainer.train()
+    assert seen == [(False, False)] and trainer.model.training
+
+
+def test_a_second_run_reads_the_head_again(tmp_path: Path) -> None:
+    model = make_model()
+    model.lm_head.weight.requires_grad_(False)
+    trainer = make_trainer(tmp_path, model=model)
+    callback = attach(trainer, UDS(alpha=0.0), candidates=2)
+    scores = []
+    for _ in range(2):
+        trainer.train()
+        scores.append(callback.selector.metrics()["score_kept"])
+        model.lm_head.weight.data.mul_(100.0)
+    assert scores[1] > 20 * scores[0]
 
 
 def test_rs2_trains_each_row_once_in_two_epochs(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from onlinesel import Chain
+from onlinesel import Chain, Selection, Signals, Strategy
 from onlinesel.strategies import LossReweight, TopLoss, Uniform
 from tests.callbacks.hosts import (
     attach,
@@ -23,6 +24,15 @@ from tests.callbacks.hosts import (
     reference_gradient,
     relative_error,
 )
+
+
+@dataclass(frozen=True)
+class Small(Strategy):
+    """Weights whose sum is below 1, which SFTTrainer would not divide by."""
+
+    def select(self, signals: Signals, state: Any, **_: Any) -> Any:
+        return Selection(0.01 * (1.0 + signals.row_ids())), state
+
 
 SUBSET = (TopLoss(), {"candidates": 3})
 WEIGHTS = (LossReweight(min_rows=2), {})
@@ -75,6 +85,15 @@ def test_gradient_with_lora(tmp_path: Path, host: Any, case: Any, checkpointing:
     )
     error, _ = step_error(tmp_path, trainer, strategy, **options)
     assert error < 1e-6
+
+
+@pytest.mark.parametrize("host", [make_trainer, make_sft_trainer])
+@pytest.mark.parametrize("normalize", ["tokens", "samples"])
+def test_gradient_of_weights_that_sum_to_less_than_one(
+    tmp_path: Path, host: Any, normalize: str
+) -> None:
+    error, choice = step_error(tmp_path, host(tmp_path), Small(), normalize=normalize)
+    assert error < 1e-6 and sum(choice["weights"]) < 1
 
 
 @pytest.mark.parametrize("scope", ["global", "rank", "batch"])

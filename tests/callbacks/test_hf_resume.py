@@ -75,6 +75,8 @@ def test_state_is_json_and_safetensors(checkpoint: Path) -> None:
             r"candidates must be the checkpoint's \(2\), got 3",
         ),
         (SelectiveBackprop(), {"scope": "batch"}, "scope must be the checkpoint's"),
+        (SelectiveBackprop(), {"ids": "hash"}, "ids must be the checkpoint's .auto., got hash"),
+        (SelectiveBackprop(), {"normalize": "samples"}, "normalize must be the checkpoint's"),
         (SelectiveBackprop(), {"seed": 1}, r"seed must be the checkpoint's \(0\), got 1"),
     ],
 )
