@@ -205,7 +205,7 @@ def test_construction_errors(change: dict[str, Any], text: str) -> None:
 
 @pytest.mark.parametrize(("hidden", "folded", "text"), [
     (torch.ones(1, 9, 4), torch.ones(4, 6),
-     r"JLProjector.project: hidden must have at most time=8 rows, got 9. Give the projector .or UDS. time=9"),
+     r"JLProjector.project: hidden must have at most time=8 rows, got 9. Give the projector"),
     (torch.ones(5, 4), torch.ones(4, 6), r"hidden must be of shape \(batch, time, d\) and folded"),
     (torch.ones(1, 5, 4), torch.ones(4, 5),
      r"JLProjector.project: folded must be of shape \(d, 6\) or one row more with d=4, got \(4, 5"),

@@ -1,0 +1,261 @@
+"""The fine-tuning recipe: its flags, its refusals, and whole runs on a tiny model on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("trl")
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from transformers import (  # noqa: E402
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from onlinesel import When  # noqa: E402
+from onlinesel.recipes.sft import SelectionArguments, main, make_strategy  # noqa: E402
+from onlinesel.report import read_run  # noqa: E402
+from onlinesel.strategies import RS2, UDS, TopLoss, Uniform  # noqa: E402
+
+# TRL and peft still use names that transformers 5.23 deprecates; none of them is ours.
+QUIET = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama and its tokenizer, as they would lie on disk."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280,
+        special_tokens=["<|end|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["What is 1 plus 1? It is 2."], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    )
+    fast.save_pretrained(folder)
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=280, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=64, pad_token_id=1, eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder with a training and a test file of prompts and completions."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, count in (("train", 24), ("test", 4)):
+        rows = ({"prompt": f"{i}+{i}=", "completion": f" {2 * i}."} for i in range(count))
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    return folder
+
+
+def arguments(model: Path, folder: Path, **flags: Any) -> list[str]:
+    wanted = {
+        "model_name_or_path": model, "output_dir": folder / "out", "bf16": False, "use_cpu": True,
+        "max_steps": 3, "per_device_train_batch_size": 2, "report_to": "none", "max_length": 48,
+        "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "candidates": 3,
+        "dataloader_pin_memory": False,
+    } | flags  # fmt: skip
+    return [text for name, value in wanted.items() for text in (f"--{name}", str(value))]
+
+
+# Flags --------------------------------------------------------------------------------------------
+
+
+def test_arguments_of_the_method_are_literals_or_bare_words() -> None:
+    options = SelectionArguments(
+        "UDS", ["alpha=1.5", "capacity=64", "rows=response", "greedy=True", "time=None"]
+    )
+    expected = UDS(alpha=1.5, capacity=64, rows="response", greedy=True, time=None)
+    assert make_strategy(options) == expected
+
+
+def test_a_yaml_file_may_give_them_as_a_mapping() -> None:
+    options = SelectionArguments("UDS", {"alpha": 0.5})  # type: ignore[arg-type]
+    assert make_strategy(options) == UDS(alpha=0.5)
+
+
+def test_a_window_puts_uniform_rows_around_the_method() -> None:
+    options = SelectionArguments("TopLoss", selection_start=5, selection_stop=9)
+    assert make_strategy(options) == When(TopLoss(), start=5, stop=9, otherwise=Uniform())
+    assert make_strategy(SelectionArguments("RS2")) == RS2()
+
+
+ALL = "GradNorm, InfoBatch, LossReweight, RHOLoss, RS2, SelectiveBackprop, TopLoss, UDS, Uniform"
+FIELDS = (
+    "alpha, capacity, rows, length, scale, vocab_dim, time_dim, time, compact, projector_seed, "
+    "greedy"
+)
+REFUSALS = [
+    (
+        SelectionArguments("uds"),
+        f"onlinesel sft: strategy must be one of {ALL}, got 'uds'. Mind the capital letters; a "
+        "method of your own runs through the Python API.",
+    ),
+    (
+        SelectionArguments("UDS", ["beta=1"]),
+        f"onlinesel sft: strategy_args must be among {FIELDS} for UDS, got 'beta'. "
+        "help(onlinesel.strategies.UDS) explains the method.",
+    ),
+    (
+        SelectionArguments("RHOLoss", ["alpha=1"]),
+        "onlinesel sft: strategy_args must be empty for RHOLoss, got 'alpha'. "
+        "help(onlinesel.strategies.RHOLoss) explains the method.",
+    ),
+    (
+        SelectionArguments("UDS", ["alpha"]),
+        "onlinesel sft: strategy_args must be name=value pairs, got 'alpha'. Write alpha=VALUE.",
+    ),
+    (
+        SelectionArguments("UDS", ["alpha=1", "alpha=2"]),
+        "onlinesel sft: strategy_args must be different names, got 'alpha' twice. Give it once.",
+    ),
+    (
+        SelectionArguments("UDS", ["alpha=many"]),
+        "onlinesel sft: strategy_args must be values that UDS takes, got {'alpha': 'many'}. "
+        "It says: must be real number, not str.",
+    ),
+    (
+        SelectionArguments("UDS", ["alpha=-1"]),
+        "UDS: alpha must be finite and >= 0, got -1. Use 6.6, or 0 for the nuclear norm alone.",
+    ),
+    (
+        SelectionArguments("UDS", selection_start=4, selection_stop=4),
+        "When: start, stop and every must give a window 0 <= start < stop with every >= 1, got "
+        "(4, 4, 1). Count optimizer steps from 0.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSALS)
+def test_flags_that_mean_nothing_are_refused(options: SelectionArguments, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        make_strategy(options)
+    assert str(caught.value) == message
+
+
+LATE_REFUSALS = [
+    ({"strategy": "Nothing"}, "onlinesel sft: strategy must be one of "),
+    ({"dataset_name": None}, "onlinesel sft: dataset_name must be a dataset of the Hub, a folder"),
+    ({"eval_strategy": "steps", "eval_steps": 1}, "onlinesel sft: dataset_test_split must be one"),
+    ({"packing": True}, "onlinesel sft: OnlineSelection: padding_free must be off, got True. "),
+    ({"reference": "x", "strategy": "UDS"}, "onlinesel sft: reference must be left out for UDS, "),
+    ({"scope": "planet"}, "onlinesel sft: OnlineSelection: scope must be "),
+    ({"config": "nowhere.yaml"}, "onlinesel sft: [Errno 2] No such file or directory"),
+]
+
+
+@QUIET
+@pytest.mark.parametrize(("flags", "start"), LATE_REFUSALS)
+def test_what_cannot_be_done_is_one_message_and_status_2(
+    flags: dict[str, Any],
+    start: str,
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = {"dataset_name": data / "train.jsonl"} | flags
+    given = {name: value for name, value in given.items() if value is not None}
+    assert main(arguments(model, tmp_path, **given)) == 2
+    assert start in capsys.readouterr().err
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+# Whole runs ---------------------------------------------------------------------------------------
+
+
+@QUIET
+@pytest.mark.slow
+def test_a_run_trains_the_best_rows_and_leaves_model_and_record(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    flags = {"dataset_name": data, "record": tmp_path / "record", "strategy": "TopLoss"}
+    flags |= {"eval_strategy": "steps", "eval_steps": 3}
+    assert main(arguments(model, tmp_path, **flags)) == 0
+    run = read_run(tmp_path / "record")
+    assert (run.name, run.candidates) == ("TopLoss", 3)
+    assert [(s.rows, s.candidates) for s in run.steps] == [(2, 6), (4, 12), (6, 18)]
+    for choice in run.choices:
+        kept = [s for s, w in zip(choice.scores, choice.weights, strict=True) if w]
+        dropped = [s for s, w in zip(choice.scores, choice.weights, strict=True) if not w]
+        assert len(kept) == 2 and min(kept) >= max(dropped)
+    assert len(run.evals) == 1 and 3 < run.evals[0].loss < 7
+    assert run.rows[7].text.startswith("7+7= 14.")
+    before = LlamaForCausalLM.from_pretrained(model).lm_head.weight
+    assert not before.equal(LlamaForCausalLM.from_pretrained(tmp_path / "out").lm_head.weight)
+
+
+@QUIET
+@pytest.mark.slow
+def test_lora_compares_with_the_model_without_its_adapter(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    flags = {"dataset_name": data / "train.jsonl", "record": tmp_path / "record"}
+    flags |= {"use_peft": True, "lora_r": 2, "strategy": "RHOLoss", "reference": "adapter"}
+    assert main(arguments(model, tmp_path, learning_rate=0.1, **flags)) == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    first, *_, last = read_run(tmp_path / "record").choices
+    # The adapter begins as zero: until it has trained, a row has the same loss with and without.
+    assert max(map(abs, first.scores)) < 1e-5 < 1e-2 < max(map(abs, last.scores))
+
+
+@QUIET
+@pytest.mark.slow
+def test_a_yaml_file_a_reference_model_and_chats(model: Path, tmp_path: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    roles = ("user", "assistant")
+    rows = (
+        {"messages": [{"role": role, "content": f"{role} {i}"} for role in roles]}
+        for i in range(20)
+    )
+    chats.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    (tmp_path / "run.yaml").write_text(
+        f"strategy: RHOLoss\nreference: {model}\nselection_start: 1\nrecord: {tmp_path}/record\n"
+        f"datasets:\n  - path: json\n    data_files: {chats}\n",
+        "utf-8",
+    )
+    assert main(arguments(model, tmp_path, config=tmp_path / "run.yaml")) == 0
+    run = read_run(tmp_path / "record")
+    assert run.name == "When" and "start=1" in run.strategy
+    # Uniform rows first, which have no scores; then differences from the model's own start.
+    assert run.choices[0].scores is None and len(run.choices[1].scores) == 6
+    assert [s.rows for s in run.steps] == [2, 4, 6]
+
+
+@QUIET
+@pytest.mark.slow
+def test_a_column_of_reference_losses_and_names_of_sources(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = (
+        {"text": f"row {i} of text", "known": float(i % 2), "source": f"s{i % 2}"}
+        for i in range(24)
+    )
+    file.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    flags = {"dataset_name": file, "record": tmp_path / "record"}
+    flags |= {"strategy": "RHOLoss", "reference": "known"}
+    assert main(arguments(model, tmp_path, **flags)) == 0
+    run = read_run(tmp_path / "record")
+    # A reference loss higher by 1 outweighs what rows of one kind differ by.
+    trained = [i for c in run.choices for i, w in zip(c.ids, c.weights, strict=True) if w]
+    assert len(trained) == 6 and all(run.rows[i].text.startswith(f"row {i} ") for i in trained)
+    assert {run.rows[i].source for i in trained} == {"s0"}
