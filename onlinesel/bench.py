@@ -292,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     scores.add_argument("--width", type=int, default=896, help="hidden size")
     scores.add_argument("--vocab", type=int, default=151936, help="vocabulary size")
     scores.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
-    scores.add_argument("--threads", type=int, default=None, help="threads of torch")
+    scores.add_argument("--threads", type=int, default=1, help="threads of torch")
     scores.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     scores.add_argument("--json", metavar="FILE", help="write the result there")
     args = parser.parse_args(argv)

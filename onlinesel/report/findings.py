@@ -92,7 +92,8 @@ def break_even(arms: Sequence[Arm]) -> Table:
             needed = summary.relative_reach(arm, base, "step")
             rest = (
                 f"{ratio:.2f} ×", _percent(1 / ratio) if ratio else _DASH,
-                _reached(arm, base, "step"), _DASH if arm is base else _pays(arm, needed, ratio),
+                _reached(arm, base, "step"),
+                _pays(arm, needed, ratio) if arm is not base and _improved(base) else _DASH,
             )  # fmt: skip
         rows.append((arm.name, _seconds(cost.score), _seconds(cost.train), *rest))
     return Table(columns, tuple(rows))
@@ -171,6 +172,13 @@ def caveats(runs: Iterable[Run]) -> list[str]:
                 f"Not an equal {arm.budget} comparison: {arm.name} used {_count(mine)} "
                 f"{_clock_name(axis).lower()}, {base.name} {_count(theirs)}."
             )
+    for budget in dict.fromkeys(arm.budget for arm in arms):
+        base = summary.baseline(arms, budget)
+        if base is not None and summary.final_losses(base) and not _improved(base):
+            notes.append(
+                f"{base.name} does not end below its start at budget {budget or 'none'}: how much "
+                "of its way the others need has no meaning there."
+            )
     diverged = [a.name for a in arms if not all(map(math.isfinite, summary.final_losses(a)))]
     if diverged:
         notes.append(
@@ -234,9 +242,14 @@ def _reached(arm: Arm, base: Arm, axis: str) -> str:
         return "100 %"
     ratio = summary.relative_reach(arm, base, axis)
     if not ratio.n:
-        return "not reached" if summary.final_losses(arm) else _DASH
+        return "not reached" if summary.final_losses(arm) and _improved(base) else _DASH
     part = "" if ratio.n == len(arm.runs) else f" ({ratio.n} of {len(arm.runs)})"
     return f"{Interval(100 * ratio.mean, 100 * ratio.half, ratio.n).text(0)} %{part}"
+
+
+def _improved(base: Arm) -> bool:
+    """Return whether the baseline ends below its start, so that there is a way to compare with."""
+    return any(summary.reach(r, r.evals[-1].loss, "step") > 0 for r in base.runs if r.evals)
 
 
 def _share(share: Interval | None) -> str:

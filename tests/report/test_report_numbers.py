@@ -136,6 +136,20 @@ def test_break_even_says_whether_selection_pays() -> None:
     )  # fmt: skip
 
 
+def test_a_baseline_that_gets_worse_is_no_way_to_compare_with() -> None:
+    worse = [run("Uniform", s, [4.0, 4.5, 4.2], speed=1.0) for s in (0, 1)]
+    better = [run("UDS", s, [4.0, 3.5, 3.2], speed=1.5) for s in (0, 1)]
+    rows = findings.break_even(summary.group_arms([*worse, *better])).rows
+    assert rows[1][5:] == ("–", "–")
+    assert findings.headline([*worse, *better]).rows[0][8] == "–"
+    note = (
+        "Uniform does not end below its start at budget steps: how much of its way the others "
+        "need has no meaning there."
+    )
+    assert note in findings.caveats([*worse, *better])
+    assert note not in findings.caveats([*UNIFORM, *better])
+
+
 def test_verdicts_do_not_claim_what_the_seeds_do_not_show() -> None:
     said = findings.verdicts([*UNIFORM, *FAST])
     assert said == [
