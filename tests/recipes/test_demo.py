@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 pytest.importorskip("matplotlib")
 
+from onlinesel.recipes import _corpus  # noqa: E402
 from onlinesel.recipes import demo as recipe  # noqa: E402
 from onlinesel.recipes._arms import ARMS, Budget, Record  # noqa: E402
 from onlinesel.recipes._corpus import CorpusSettings  # noqa: E402
@@ -51,7 +52,7 @@ def test_a_budget_of_steps_ends_with_them_and_evaluates_every_quarter(tmp_path: 
     assert shares == [step / 8 for step in range(1, 9)]
 
 
-@pytest.mark.parametrize(("cost", "steps"), [(1.0, 10), (3.0, 3), (4.0, 3), (7.0, 1), (25.0, 1)])
+@pytest.mark.parametrize(("cost", "steps"), [(1.0, 10), (3.0, 3), (4.1, 2), (7.0, 1), (25.0, 1)])
 def test_a_budget_of_time_ends_at_the_step_that_comes_closest(
     cost: float, steps: int, tmp_path: Path
 ) -> None:
@@ -126,9 +127,17 @@ def test_an_interrupt_is_a_line_and_status_130(
     assert "stopped; the next demo begins its runs again" in capsys.readouterr().err
 
 
+@pytest.fixture
+def few_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read a tenth of the library: reading it whole takes most of the time."""
+    library = _corpus.library_files
+    monkeypatch.setattr(_corpus, "library_files", lambda root=None: library(root)[::10])
+
+
 # Whole --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("few_files")
 def test_the_start_is_built_once_and_again_when_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,6 +154,7 @@ def test_the_start_is_built_once_and_again_when_asked(
     assert other.key() != TINY.key() and not prepare(other, tmp_path)[1]
 
 
+@pytest.mark.usefixtures("few_files")
 def test_an_interrupted_start_is_not_mistaken_for_a_whole_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,13 +162,14 @@ def test_an_interrupted_start_is_not_mistaken_for_a_whole_one(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("onlinesel.recipes._warm._reference_losses", interrupted)
+        patch.setattr("onlinesel.recipes._warm.reference_losses", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(TINY, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_files")
 def test_a_whole_demo_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stale, foreign = tmp_path / "runs" / "time" / "uniform-4", tmp_path / "runs" / "mine" / "a"
     with RunLog(stale) as log:

@@ -23,9 +23,6 @@ from onlinesel.recipes.sft import SelectionArguments, main, make_strategy  # noq
 from onlinesel.report import read_run  # noqa: E402
 from onlinesel.strategies import RS2, UDS, TopLoss, Uniform  # noqa: E402
 
-# TRL and peft still use names that transformers 5.23 deprecates; none of them is ours.
-QUIET = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -164,7 +161,6 @@ LATE_REFUSALS = [
 ]
 
 
-@QUIET
 @pytest.mark.parametrize(("flags", "start"), LATE_REFUSALS)
 def test_what_cannot_be_done_is_one_message_and_status_2(
     flags: dict[str, Any],
@@ -184,7 +180,6 @@ def test_what_cannot_be_done_is_one_message_and_status_2(
 # Whole runs ---------------------------------------------------------------------------------------
 
 
-@QUIET
 @pytest.mark.slow
 def test_a_run_trains_the_best_rows_and_leaves_model_and_record(
     model: Path, data: Path, tmp_path: Path
@@ -205,7 +200,6 @@ def test_a_run_trains_the_best_rows_and_leaves_model_and_record(
     assert not before.equal(LlamaForCausalLM.from_pretrained(tmp_path / "out").lm_head.weight)
 
 
-@QUIET
 @pytest.mark.slow
 def test_lora_compares_with_the_model_without_its_adapter(
     model: Path, data: Path, tmp_path: Path
@@ -219,7 +213,6 @@ def test_lora_compares_with_the_model_without_its_adapter(
     assert max(map(abs, first.scores)) < 1e-5 < 1e-2 < max(map(abs, last.scores))
 
 
-@QUIET
 @pytest.mark.slow
 def test_a_yaml_file_a_reference_model_and_chats(model: Path, tmp_path: Path) -> None:
     chats = tmp_path / "chats.jsonl"
@@ -242,7 +235,6 @@ def test_a_yaml_file_a_reference_model_and_chats(model: Path, tmp_path: Path) ->
     assert [s.rows for s in run.steps] == [2, 4, 6]
 
 
-@QUIET
 @pytest.mark.slow
 def test_a_column_of_reference_losses_and_names_of_sources(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"

@@ -1,0 +1,275 @@
+"""What choosing rows gains and costs, on a CPU, in minutes: `make demo`, or `onlinesel demo`.
+
+    onlinesel demo --seeds 1 --output runs/demo
+
+What it does: a small Llama is warmed up on the sources of Python's standard library and then
+fine-tuned on other files of it, of whose rows half are corrupted (the tokens after the 32nd
+shuffled). Uniform training of 8 rows, full batches of 32, UDS, RHO-Loss and top loss (each 8 rows
+out of 32) are compared by held-out loss, once at equal CPU time and once at equal optimizer steps.
+Every run is a plain Hugging Face ``Trainer`` with ``OnlineSelection``. It ends with a table and
+one page, ``report.html``. The corpus and the warm model are kept in ``start/`` of the output
+folder for the next time; ``--fresh`` makes them again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any
+
+from onlinesel.report import Run, read_run
+from onlinesel.report.summary import group_arms, reach, t_interval
+
+try:
+    from onlinesel.recipes._arms import ARMS, Job, Result, run_job
+    from onlinesel.recipes._warm import Start, WarmSettings, prepare
+    from onlinesel.report.figures import headline_png
+    from onlinesel.report.page import table_markdown, write_report
+except ImportError as error:
+    raise ImportError(
+        "onlinesel.recipes.demo needs transformers, datasets and the report: "
+        'pip install "onlinesel[hf,report]".'
+    ) from error
+
+__all__ = ["Demo", "jobs_of", "main", "run_demo"]
+
+_UNITS = {"time": "CPU seconds", "steps": "optimizer steps"}
+_TITLE = "Choosing rows when half of the pool is corrupted"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What is run.
+
+    Args:
+        output: Folder of everything that is written.
+        seeds: Runs of each arm.
+        seconds: Budget of each run at equal time, in CPU seconds of training.
+        steps: Budget of each run at equal steps.
+        arms: Names in :data:`onlinesel.recipes._arms.ARMS`.
+        warm: Corpus, model and warm-up.
+        fresh: Build corpus and warm model again.
+        workers: Runs at a time, each in a process of its own with one thread.
+    """
+
+    output: Path
+    seeds: int = 1
+    seconds: float = 30.0
+    steps: int = 60
+    arms: tuple[str, ...] = tuple(ARMS)
+    warm: WarmSettings = field(default_factory=WarmSettings)
+    fresh: bool = False
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "seconds", "steps", "workers"):
+            if getattr(self, name) <= 0:
+                raise ValueError(
+                    f"onlinesel demo: {name} must be above 0, got {getattr(self, name)}. "
+                    "Leave it out for the default."
+                )
+
+
+def jobs_of(demo: Demo, start: Path) -> list[Job]:
+    """Return the runs in the order in which they are begun.
+
+    Two runs at a time share a processor, and each is slower for it. Those that are compared by time
+    come first, so that none of them runs alone; the longest of the others follow.
+    """
+    timed = [(seed, arm, "time", demo.seconds) for seed in range(demo.seeds) for arm in demo.arms]
+    stepped = [(s, arm, "steps", float(demo.steps)) for s in range(demo.seeds) for arm in demo.arms]
+    stepped.sort(key=lambda job: ARMS[job[1]].rows * -1 - 4 * ARMS[job[1]].candidates)
+    return [
+        Job(
+            arm,
+            budget,
+            amount,
+            seed,
+            str(demo.output / "runs" / budget / f"{arm.replace(' ', '-').lower()}-{seed}"),
+            str(start),
+        )
+        for seed, arm, budget, amount in [*timed, *stepped]
+    ]
+
+
+def run_demo(demo: Demo) -> Path:
+    """Run all arms and return the page about them.
+
+    Args:
+        demo: What to run.
+    """
+    began = time.perf_counter()
+    context = get_context("spawn")
+    told: Queue[tuple[int, float]] = context.Queue()
+    with ProcessPoolExecutor(demo.workers, context, _begin, (told,)) as pool:
+        try:
+            for _ in range(demo.workers):
+                pool.submit(_idle)  # the workers import what they need while the model warms up
+            start = _prepare(demo, pool, began)
+            jobs = jobs_of(demo, start.folder)
+            _run_all(jobs, pool, told, began)
+        finally:  # also when interrupted: begin no further run
+            pool.shutdown(wait=False, cancel_futures=True)
+    runs = [read_run(job.folder) for job in jobs]
+    page = write_report([job.folder for job in jobs], demo.output / "report.html", title=_TITLE)
+    picture = headline_png(runs, demo.output / "headline.png")
+    table = f"{table_markdown(runs)}\n\n{_notes(runs, start)}"
+    (demo.output / "table.md").write_text(table + "\n", "utf-8")
+    print(f"\n{table}\n\nPicture: {picture}\nReport:  {page}", flush=True)
+    print(f"All in {time.perf_counter() - began:.0f} s.", flush=True)
+    return page
+
+
+def _prepare(demo: Demo, pool: ProcessPoolExecutor, began: float) -> Start:
+    """Return what all runs start from, and make room for them."""
+    print("Preparing what all runs start from", flush=True)
+    folder = demo.output / "start"
+    start, cached = prepare(demo.warm, folder, fresh=demo.fresh, each=pool.map)
+    source = f"from {start.folder} (--fresh builds it again)" if cached else "built"
+    loss = start.facts["held_out_loss"]
+    print(f"  {source}: held-out loss {loss:.3f}, {time.perf_counter() - began:.0f} s", flush=True)
+    _wipe(demo.output / "runs")
+    return start
+
+
+def _wipe(folder: Path) -> None:
+    """Remove the runs of an earlier demo, and nothing else that may lie there."""
+    for file in folder.glob("*/*/run.json"):
+        if json.loads(file.read_bytes()).get("recipe") == "demo":
+            shutil.rmtree(file.parent)
+
+
+def _run_all(
+    jobs: Sequence[Job], pool: ProcessPoolExecutor, told: Queue[tuple[int, float]], began: float
+) -> None:
+    """Run the jobs in the worker processes and tell how far they are."""
+    budgets = " or ".join(dict.fromkeys(f"{job.amount:g} {_UNITS[job.budget]}" for job in jobs))
+    print(f"Fine-tuning: {len(jobs)} runs of {budgets} each", flush=True)
+    futures = {pool.submit(_work, number, job): number for number, job in enumerate(jobs)}
+    shares: dict[int, float] = {}
+    waiting: set[Future[Result]] = set(futures)
+    while waiting:
+        done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+        while not told.empty():
+            number, share = told.get()
+            shares[number] = share
+        for future in done:
+            result = future.result()
+            shares.pop(futures[future], None)
+            over = f"[{len(jobs) - len(waiting)}/{len(jobs)}]"
+            _say(f"  {over} {_line(jobs[futures[future]], result, began)}\n")
+        # A last message may come after the result.
+        running = (_doing(jobs[number], share) for number, share in shares.items() if share < 1)
+        _say("  " + ", ".join(running), live=True)
+
+
+def _line(job: Job, result: Result, began: float) -> str:
+    cost = f"{result.steps} steps, {result.cpu_seconds:.1f} CPU s"
+    clock = f"{time.perf_counter() - began:.0f} s"
+    what = f"{job.arm}, equal {job.budget}, seed {job.seed}"
+    return f"{what}: held-out loss {result.loss:.3f} after {cost} (at {clock})"
+
+
+def _doing(job: Job, share: float) -> str:
+    return f"{job.arm} ({job.budget}) {100 * share:.0f} %"
+
+
+def _say(text: str, *, live: bool = False) -> None:
+    """Print a line over the live one, which only a terminal gets to see."""
+    if sys.stdout.isatty():
+        sys.stdout.write(f"\r\x1b[2K{text}")
+    elif not live:
+        sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+_told: Queue[tuple[int, float]] | None = None  # set in each worker process as it begins
+
+
+def _begin(told: Queue[tuple[int, float]]) -> None:
+    global _told
+    _told = told
+
+
+def _idle() -> None:
+    """Do nothing: what takes time is that the worker imports this module."""
+
+
+def _work(number: int, job: Job) -> Result:
+    assert _told is not None
+    return run_job(job, lambda share: _told.put((number, share)))
+
+
+def _notes(runs: Sequence[Run], start: Start) -> str:
+    """Say where the runs start, and what is left of RHO-Loss's gain if it pays its reference."""
+    seconds, rows = start.facts["reference_cpu_seconds"], len(start.pool)
+    loss = start.facts["held_out_loss"]
+    note = (
+        f"All runs start from a held-out loss of {loss:.3f}. The reference losses of RHO-Loss "
+        f"({rows} rows, one forward each) took {seconds:.1f} CPU s before the runs and are not in "
+        "their time."
+    )
+    timed = {arm.name: arm for arm in group_arms(r for r in runs if r.budget == "time")}
+    if not {"uniform", "RHO-Loss"} <= set(timed):
+        return note
+    ends = {run.seed: run.evals[-1] for run in timed["uniform"].runs}
+    shares = []
+    for run in timed["RHO-Loss"].runs:
+        end = ends[run.seed]
+        looked_at = reach(run, end.loss, "step") * run.steps[-1].candidates / run.steps[-1].step
+        paid = reach(run, end.loss, "cpu_seconds") + looked_at * seconds / rows
+        shares.append(paid / end.cpu_seconds)
+    found = t_interval(shares)
+    if not found.n:
+        return note
+    return (
+        f"{note} With those of the rows that it looked at counted, RHO-Loss needs {found.text(2)} "
+        "of uniform's time to uniform's loss."
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="onlinesel demo",
+        description="Compare ways of choosing rows on a small model, on this machine's CPU.",
+    )
+    seeds = int(os.environ.get("SEEDS", "1"))
+    add: Any = parser.add_argument
+    add("--seeds", type=int, default=seeds, help="runs of each arm (%(default)s)")
+    add("--output", "--out", type=Path, default=Path("runs/demo"), help="folder (%(default)s)")
+    add("--seconds", type=float, default=Demo.seconds, help="CPU seconds a run (%(default)s)")
+    add("--steps", type=int, default=Demo.steps, help="optimizer steps a run (%(default)s)")
+    add("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS), metavar="ARM",
+        help=f"among {', '.join(ARMS)}")  # fmt: skip
+    add("--fresh", action="store_true", help="build corpus and warm model again")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo from the command line and return the exit status.
+
+    Args:
+        argv: Arguments without the program's name, or None for those of the process.
+    """
+    options = vars(_parser().parse_args(argv))
+    options["arms"] = tuple(options["arms"])
+    try:
+        run_demo(Demo(**options))
+    except KeyboardInterrupt:
+        sys.stderr.write("\nonlinesel demo: stopped; the next demo begins its runs again.\n")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

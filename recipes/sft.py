@@ -1,0 +1,323 @@
+"""Supervised fine-tuning with online selection: TRL's SFT script, and five flags more.
+
+    onlinesel sft --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name trl-lib/Capybara \\
+        --strategy UDS --candidates 4 --record runs/uds --output_dir out/uds
+
+What it does: the model trains on the best ``per_device_train_batch_size`` rows out of
+``candidates`` times as many, by the method named with ``--strategy``. All flags of ``trl sft`` work
+as they do there, on the command line or in a YAML file given with ``--config``: any model and any
+dataset of the Hub or on disk (a folder, or one .jsonl, .json, .csv or .parquet file; mixtures with
+``datasets:`` in the YAML file), LoRA with ``--use_peft``, evaluation, checkpoints, resuming. Then
+``onlinesel report runs/uds`` shows what was chosen and what it cost.
+
+On several GPUs: ``torchrun --nproc_per_node 4 -m onlinesel.recipes.sft ...`` (or ``accelerate
+launch -m``). ``--packing`` and ``--padding_free`` leave no rows to choose from and are refused.
+
+Measured: what the methods gain and lose is in the header of :mod:`onlinesel.recipes.demo`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onlinesel import When, strategies
+from onlinesel.report.runlog import RunLog
+from onlinesel.strategies import Uniform
+from onlinesel.types import Strategy
+
+try:
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM
+    from trl import (
+        DatasetMixtureConfig,
+        ModelConfig,
+        ScriptArguments,
+        SFTConfig,
+        SFTTrainer,
+        TrlParser,
+        get_dataset,
+        get_peft_config,
+        get_quantization_config,
+    )
+
+    from onlinesel.callbacks.hf import OnlineSelection
+except ImportError as error:
+    raise ImportError('onlinesel.recipes.sft needs trl: pip install "onlinesel[trl]".') from error
+
+__all__ = ["SelectionArguments", "main", "make_strategy", "make_trainer"]
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_RECORDED_ROWS = 20_000
+_RECORDED_CHARACTERS = 400
+
+
+@dataclass
+class SelectionArguments:
+    """Which rows train."""
+
+    strategy: str = field(
+        default="UDS", metadata={"help": f"Method: one of {', '.join(strategies.__all__)}."}
+    )
+    strategy_args: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Its arguments as name=value, e.g. alpha=1.0 rows=response."},
+    )
+    candidates: int = field(
+        default=4,
+        metadata={
+            "help": "Rows scored for each row that trains; per_device_train_batch_size stays the "
+            "number of rows trained. Use 1 with methods that only weigh rows or plan epochs."
+        },
+    )
+    scope: str = field(
+        default="global",
+        metadata={
+            "help": "What competes: all candidates of the optimizer step (global), those of each "
+            "process (rank), or each micro-batch alone (batch)."
+        },
+    )
+    normalize: str | None = field(
+        default=None,
+        metadata={"help": "Mean over tokens or over samples; the method's own by default."},
+    )
+    selection_seed: int = field(
+        default=0, metadata={"help": "Seed of the selection; the trainer's seed is another."}
+    )
+    reference: str | None = field(
+        default=None,
+        metadata={
+            "help": "Reference of RHOLoss: 'adapter' (this model without its adapter), a dataset "
+            "column of losses, or the name or path of a model."
+        },
+    )
+    shadow: bool = field(
+        default=False, metadata={"help": "Score and log, but train as without selection."}
+    )
+    record: str | None = field(
+        default=None, metadata={"help": "Folder for the record that `onlinesel report` reads."}
+    )
+    selection_start: int = field(
+        default=0, metadata={"help": "Optimizer steps on uniform rows before the method begins."}
+    )
+    selection_stop: int | None = field(
+        default=None, metadata={"help": "Step from which rows are uniform again."}
+    )
+
+
+def make_strategy(options: SelectionArguments) -> Strategy:
+    """Return the strategy that the flags describe.
+
+    Raises:
+        ValueError: An unknown name, or arguments that the method does not take.
+
+    Example:
+        >>> make_strategy(SelectionArguments("TopLoss", selection_start=10)).active(9)
+        False
+    """
+    if options.strategy not in strategies.__all__:
+        _refuse(
+            "strategy", f"one of {', '.join(strategies.__all__)}", repr(options.strategy),
+            "Mind the capital letters; a method of your own runs through the Python API.",
+        )  # fmt: skip
+    kind = getattr(strategies, options.strategy)
+    values = _keywords(options.strategy_args, kind)
+    try:
+        strategy = kind(**values)
+    except TypeError as error:
+        _refuse(
+            "strategy_args", f"values that {options.strategy} takes", values, f"It says: {error}."
+        )
+    if options.selection_start == 0 and options.selection_stop is None:
+        return strategy
+    return When(strategy, options.selection_start, options.selection_stop, otherwise=Uniform())
+
+
+def _keywords(pairs: Sequence[str] | Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """Return ``name=value`` pairs as keyword arguments; YAML may give a mapping instead."""
+    allowed = [f.name for f in dataclasses.fields(kind) if f.init]
+    if not isinstance(pairs, Mapping):
+        split = [pair.partition("=") for pair in pairs]
+        for pair, (name, equals, _) in zip(pairs, split, strict=True):
+            if not equals:
+                _refuse(
+                    "strategy_args", "name=value pairs", repr(pair), f"Write {name}=VALUE."
+                )  # fmt: skip
+        names = [name for name, _, _ in split]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            _refuse("strategy_args", "different names", f"{twice!r} twice", "Give it once.")
+        pairs = {name: _value(text) for name, _, text in split}
+    for name in pairs:
+        if name not in allowed:
+            rule = f"among {', '.join(allowed)}" if allowed else "empty"
+            _refuse(
+                "strategy_args", f"{rule} for {kind.__name__}", repr(name),
+                f"help(onlinesel.strategies.{kind.__name__}) explains the method.",
+            )  # fmt: skip
+    return dict(pairs)
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text  # a bare word is a string: a shell eats quotes
+
+
+def _refuse(argument: str, rule: str, got: object, remedy: str) -> None:
+    raise ValueError(f"onlinesel sft: {argument} must be {rule}, got {got}. {remedy}")
+
+
+def make_trainer(
+    script: ScriptArguments,
+    training: SFTConfig,
+    model: ModelConfig,
+    mixture: DatasetMixtureConfig,
+    selection: SelectionArguments,
+) -> SFTTrainer:
+    """Return TRL's trainer with the selection in it, ready to train.
+
+    Raises:
+        ValueError: The arguments do not fit together; the message says what to change.
+    """
+    strategy = make_strategy(selection)  # before minutes are spent on model and data
+    dataset = _load_data(script, mixture)
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "trust_remote_code": training.trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(training.model_init_kwargs or {}),
+    }
+    quantization = get_quantization_config(model)
+    evaluates = training.eval_strategy != "no"
+    trainer = SFTTrainer(
+        model=model.model_name_or_path,
+        args=training,
+        train_dataset=_split(dataset, script.dataset_train_split, "dataset_train_split"),
+        eval_dataset=(
+            _split(dataset, script.dataset_test_split, "dataset_test_split") if evaluates else None
+        ),
+        peft_config=get_peft_config(model),
+        **({} if quantization is None else {"quantization_config": quantization}),
+    )
+    trainer.add_callback(
+        OnlineSelection(
+            trainer,
+            strategy,
+            candidates=selection.candidates,
+            scope=selection.scope,
+            normalize=selection.normalize,
+            seed=selection.selection_seed,
+            shadow=selection.shadow,
+            reference=_reference(selection, strategy, trainer, model),
+            record=selection.record,
+        )
+    )
+    if selection.record is not None and trainer.is_world_process_zero():
+        _record_rows(trainer, selection.record)
+    return trainer
+
+
+def _load_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> Any:
+    """Load what ``trl sft`` would, or a single file."""
+    if mixture.datasets:
+        return get_dataset(mixture)
+    if script.dataset_name is None:
+        _refuse(
+            "dataset_name", "a dataset of the Hub, a folder or a file", None,
+            "Or list `datasets:` in the file of --config.",
+        )  # fmt: skip
+    builder = _BUILDERS.get(Path(script.dataset_name).suffix)
+    if builder and Path(script.dataset_name).is_file():
+        files = {script.dataset_train_split: script.dataset_name}
+        return load_dataset(builder, data_files=files, streaming=script.dataset_streaming)
+    return load_dataset(
+        script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming
+    )
+
+
+def _split(dataset: Any, name: str, argument: str) -> Any:
+    if name not in dataset:
+        _refuse(
+            argument, f"one of the splits {', '.join(dataset)}", repr(name),
+            "A single file has only a training split: use a folder with train and test files, or "
+            "eval_strategy=no.",
+        )  # fmt: skip
+    return dataset[name]
+
+
+def _reference(
+    selection: SelectionArguments, strategy: Strategy, trainer: SFTTrainer, model: ModelConfig
+) -> Any:
+    """Return what the callback takes: a word, a column, or a model that is loaded here."""
+    name = selection.reference
+    if name is None or name == "adapter":
+        return name
+    if "reference_loss" not in strategy.needs:
+        _refuse(
+            "reference", f"left out for {selection.strategy}", repr(name),
+            "Only methods that compare with a reference, as RHOLoss does, take one.",
+        )  # fmt: skip
+    if name in (getattr(trainer.train_dataset, "column_names", None) or ()):
+        return name
+    reference = AutoModelForCausalLM.from_pretrained(
+        name,
+        dtype=model.dtype,
+        attn_implementation=model.attn_implementation,
+        trust_remote_code=trainer.args.trust_remote_code,
+    )
+    return reference.requires_grad_(False).to(trainer.accelerator.device)
+
+
+def _record_rows(trainer: SFTTrainer, folder: str) -> None:
+    """Write down what the rows say, for the examples and sources of the report."""
+    dataset, resumed = trainer.train_dataset, trainer.args.resume_from_checkpoint
+    columns = getattr(dataset, "column_names", None) or ()
+    # The ids that the callback logs are row numbers only where it counts the rows itself.
+    countable = hasattr(dataset, "__len__") and "sample_id" not in columns
+    if resumed or not countable or len(dataset) > _RECORDED_ROWS:
+        return
+    tokenizer = trainer.processing_class
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    sources = dataset["source"] if "source" in columns else [None] * len(dataset)
+    texts = (tokenizer.decode(ids)[:_RECORDED_CHARACTERS] for ids in dataset["input_ids"])
+    rows = zip(range(len(dataset)), sources, texts, strict=True)
+    RunLog(folder).rows(rows)  # refuses a folder that holds another run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the recipe from the command line.
+
+    Args:
+        argv: Arguments without the program's name, or None for those of the process.
+
+    Returns:
+        0, or 2 if the arguments cannot be followed.
+    """
+    kinds = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, SelectionArguments)
+    parser = TrlParser(kinds, prog="onlinesel sft")
+    try:
+        trainer = make_trainer(*parser.parse_args_and_config(args=argv))
+    except (ValueError, OSError, ImportError) as error:
+        own = str(error).startswith("onlinesel sft: ")
+        sys.stderr.write(f"{'' if own else 'onlinesel sft: '}{error}\n")
+        return 2
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.save_model(trainer.args.output_dir)
+    trainer.accelerator.print(f"Model saved to {trainer.args.output_dir}.")
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    if hasattr(trainer, "end"):  # transformers >= 5.18: closes trackers and the process group
+        trainer.end()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
