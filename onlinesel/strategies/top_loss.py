@@ -14,7 +14,9 @@ many rows. It pays off when it drops more than a third of them. No memory.
 
 When it loses: the largest losses are the noisiest rows, so wrong, garbled or foreign text is
 picked first; short rows have noisier means and are over-represented at both ends. ``lowest=True``
-trains on what is known already, and stops learning.
+trains on what is known already, and stops learning. In the demo (half of the pool corrupted, 8 of
+32 rows, five seeds; ``onlinesel.recipes.demo``) 97 % of its rows were corrupted ones, and it
+ended at a held-out loss of 5.325 where uniform had 4.589.
 
 If nothing qualifies: rows whose loss is not finite are never kept; if none is finite, every
 weight is 0 and the step has no gradient.

@@ -24,7 +24,9 @@ time_dim`` floats, 4 MiB by default.
 
 When it loses: the norm grows almost in proportion to the length, so rows of mixed length are
 ranked by length: sort candidates by length, or set ``length``. Loud garbage scores high, and
-nothing here guards against it. Above two thirds kept it costs more time than it saves.
+nothing here guards against it. Above two thirds kept it costs more time than it saves. In the
+demo (half of the pool corrupted, 8 of 32 rows, five seeds; ``onlinesel.recipes.demo``) it beat
+uniform at equal steps, 4.637 to 4.707, and lost at equal CPU time, 4.624 to 4.589.
 
 If nothing qualifies: rows with a norm or projection that is not finite, and rows known to have no
 labelled token, are never kept; if that is all of them, every weight is 0 and the queue stays.
