@@ -254,7 +254,7 @@ def _split(dataset: Any, name: str, argument: str) -> Any:
 
 
 def _reference(
-    selection: SelectionArguments, strategy: Strategy, trainer: SFTTrainer, model: ModelConfig
+    selection: SelectionArguments, strategy: Strategy, trainer: Any, model: ModelConfig
 ) -> Any:
     """Return what the callback takes: a word, a column, or a model that is loaded here."""
     name = selection.reference
@@ -276,7 +276,7 @@ def _reference(
     return reference.requires_grad_(False).to(trainer.accelerator.device)
 
 
-def _record_rows(trainer: SFTTrainer, folder: str) -> None:
+def _record_rows(trainer: Any, folder: str) -> None:
     """Write down what the rows say, for the examples and sources of the report."""
     dataset, resumed = trainer.train_dataset, trainer.args.resume_from_checkpoint
     columns = getattr(dataset, "column_names", None) or ()

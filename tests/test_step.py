@@ -93,7 +93,7 @@ def test_keep_is_one_in_so_many_candidates_and_at_least_one(
     class Count(Strategy):
         def select(self, signals: Signals, state: Any, *, keep: int, **_: Any) -> Any:
             asked.append((keep, signals.size))
-            return Selection(torch.ones(signals.size)), state
+            return Selection((torch.arange(signals.size) < keep).float()), state
 
     asked: list[tuple[int, int]] = []
     planner = StepPlanner(Selector(Count()), no_scores, candidates=candidates)
