@@ -24,12 +24,14 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,7 @@ class Demo:
     output: Path
     seeds: int = 1
     seconds: float = 30.0
-    steps: int = 60
+    steps: int = 80
     arms: tuple[str, ...] = tuple(ARMS)
     warm: WarmSettings = field(default_factory=WarmSettings)
     fresh: bool = False
@@ -206,6 +208,17 @@ _told: Queue[tuple[int, float]] | None = None  # set in each worker process as i
 def _begin(told: Queue[tuple[int, float]]) -> None:
     global _told
     _told = told
+    # Ctrl-C ends a worker at once; else it would go on to the runs that it was handed already.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker when the demo is gone: a pool that was killed leaves its workers behind."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _idle() -> None:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +25,7 @@ from onlinesel.recipes._corpus import CorpusSettings  # noqa: E402
 from onlinesel.recipes._warm import WarmSettings, load_start, prepare  # noqa: E402
 from onlinesel.report import RunLog, read_run  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[2]
 CORPUS = CorpusSettings(vocab=300, length=32, intact=8, held_out=12, warm=64, pool=96)
 TINY = WarmSettings(CORPUS, layers=1, width=16, steps=4, batch=8)
 
@@ -214,3 +220,27 @@ def test_a_whole_demo_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture
         assert table.count(f"| {arm} |") == 2
     assert "The reference losses of RHO-Loss (96 rows, one forward each) took " in table
     assert json.loads((tmp_path / "start" / TINY.key() / "facts.json").read_text("utf-8"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+@pytest.mark.parametrize("whom", ["all", "the demo"])
+def test_a_stopped_demo_leaves_no_worker_behind(whom: str, tmp_path: Path) -> None:
+    code = (
+        "from tests.recipes.test_demo import TINY, recipe\nfrom pathlib import Path\n"
+        f"recipe.run_demo(recipe.Demo(Path({str(tmp_path)!r}), seconds=600.0, warm=TINY))"
+    )
+    demo = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    assert demo.stdout is not None
+    while not list(tmp_path.glob("runs/*/*/steps.jsonl")) and demo.poll() is None:
+        time.sleep(0.2)
+    if whom == "all":  # as Ctrl-C does
+        os.killpg(demo.pid, signal.SIGINT)
+    else:
+        demo.terminate()
+    # The workers hold the other ends of the pipes: that these close is that all have ended.
+    demo.communicate(timeout=30)
+    assert demo.returncode == -(signal.SIGINT if whom == "all" else signal.SIGTERM)
