@@ -109,3 +109,10 @@ def test_uniform_with_one_candidate_changes_nothing_on_two_ranks(folder: Path) -
         plain = torch.load(folder / f"plain-after-{rank}.pt")
         chosen = torch.load(folder / f"uniform-after-{rank}.pt")
         assert all(torch.equal(plain[key], chosen[key]) for key in plain)
+
+
+@pytest.mark.slow
+def test_ranks_that_decide_differently_are_told(folder: Path) -> None:
+    for rank in (0, 1):
+        message = (folder / f"disagree-{rank}.txt").read_text()
+        assert message.startswith("StepPlanner: ranks must reach the same decision, got digests")

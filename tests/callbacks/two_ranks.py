@@ -28,6 +28,14 @@ class KeepIds(Strategy):
         return Selection(torch.isin(signals.row_ids(), torch.tensor(self.wanted)).float()), state
 
 
+@dataclass(frozen=True)
+class Disagree(Strategy):
+    """Decides by rank, as a processor of another make might."""
+
+    def select(self, signals: Signals, state: Any, **_: Any) -> Any:
+        return Selection(torch.ones(signals.size) + dist.get_rank()), state
+
+
 def poisoned(bad_rank: int | None) -> Any:
     """Return a scorer whose losses are nan on one rank (on all for None)."""
     scorer = CausalLMScorer(("loss",))
@@ -108,10 +116,21 @@ def plain(folder: Path) -> None:
     torch.save(trainer.model.state_dict(), folder / f"plain-after-{dist.get_rank()}.pt")
 
 
+def disagree(folder: Path) -> None:
+    """Every rank must hear of it, and none may wait for another."""
+    trainer = make_trainer(folder)
+    attach(trainer, Disagree())
+    try:
+        trainer.train()
+    except ValueError as error:
+        (folder / f"disagree-{dist.get_rank()}.txt").write_text(str(error))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     out = Path(sys.argv[1])
     plain(out)
+    disagree(out)
     for scenario, values in scenarios().items():
         run(out, scenario, values)
     dist.destroy_process_group()
