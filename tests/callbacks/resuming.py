@@ -14,35 +14,25 @@ import torch.distributed as dist
 
 from onlinesel import Chain, When
 from onlinesel.distributed import rank
-from onlinesel.strategies import (
-    RS2,
-    UDS,
-    GradNorm,
-    InfoBatch,
-    LossReweight,
-    RHOLoss,
-    SelectiveBackprop,
-    TopLoss,
-    Uniform,
-)
+from onlinesel.strategies import UDS, InfoBatch, SelectiveBackprop, Uniform
 from tests.callbacks.hosts import attach, make_rows, make_trainer
+from tests.strategies.contract_table import CASES
 
 STEPS, STOP = 7, 3
 """An epoch has 6 steps with two candidates on one process: the resumed part crosses its end."""
 
 
 def cases() -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Every strategy of the contract table, and what only a host can combine."""
     two = {"candidates": 2}
-    return {
-        "GradNorm": (GradNorm(mode="unbiased"), two),
-        "InfoBatch": (InfoBatch(), {}),
-        "LossReweight": (LossReweight(min_rows=2), {}),
-        "RHOLoss": (RHOLoss(), {**two, "reference": "reference_loss"}),
-        "RS2": (RS2(fraction=0.5), {}),
-        "SelectiveBackprop": (SelectiveBackprop(), two),
-        "TopLoss": (TopLoss(), two),
-        "UDS": (UDS(), two),
-        "Uniform": (Uniform(), two),
+    found: dict[str, tuple[Any, dict[str, Any]]] = {}
+    for name, case in CASES.items():
+        strategy = case.build()
+        options = dict(two) if case.chooses else {}
+        if "reference_loss" in strategy.needs:
+            options["reference"] = "reference_loss"
+        found[name] = (strategy, options)
+    return found | {
         "combined": (When(Chain(InfoBatch(), UDS()), start=2, otherwise=Uniform()), two),
         "rank": (SelectiveBackprop(), {**two, "scope": "rank"}),
         "batch": (UDS(), {**two, "scope": "batch"}),

@@ -16,11 +16,12 @@ from tests.callbacks.hosts import make_model, make_rows, reference_gradient, rel
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(script: str, *arguments: str, port: int, timeout: int = 200) -> None:
+def torchrun(script: str, *arguments: str, port: int, timeout: int = 200) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     command += [f"--master_port={port}", "-m", f"tests.callbacks.{script}", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
