@@ -1,4 +1,4 @@
-"""The command line: `onlinesel sft|report|bench|demo`.
+"""The command line: `onlinesel sft|grpo|report|prompts|bench|demo|demo-grpo`.
 
 This level only hands on: every command parses its own arguments, and its module is imported when
 it is asked for, so that none needs the packages of another.
@@ -16,9 +16,18 @@ __all__ = ["main"]
 
 _COMMANDS = {
     "sft": ("onlinesel.recipes.sft", "fine-tune a model, choosing its rows (TRL's flags and ours)"),
+    "grpo": (
+        "onlinesel.recipes.grpo",
+        "GRPO on problems the model can learn from (TRL's flags and ours)",
+    ),
     "report": ("onlinesel.report.page", "write an HTML page about recorded runs"),
+    "prompts": ("onlinesel.report.prompts", "list a run's easiest, hardest and unsure prompts"),
     "bench": ("onlinesel.bench", "time the kernels on this machine"),
     "demo": ("onlinesel.recipes.demo", "compare methods on a small model, on a CPU, in minutes"),
+    "demo-grpo": (
+        "onlinesel.recipes.demo_grpo",
+        "compare GRPO's ways of choosing problems, on a CPU, in minutes",
+    ),
 }
 
 # "Owner: argument must be <rule>, got <value>. <remedy>" was written for the user. Any other
@@ -59,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    listed = "\n".join(f"  {name:8}{text}" for name, (_, text) in _COMMANDS.items())
+    listed = "\n".join(f"  {name:11}{text}" for name, (_, text) in _COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="onlinesel",
         usage="%(prog)s [-h] [--version] COMMAND ...",

@@ -74,7 +74,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
-    assert [name for name in ("sft", "report", "bench", "demo") if f"\n  {name} " not in text] == []
+    commands = ("sft", "grpo", "report", "prompts", "bench", "demo", "demo-grpo")
+    assert [name for name in commands if f"\n  {name} " not in text] == []
 
 
 def test_no_command_is_help_and_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,6 +103,14 @@ def test_the_page_is_reached(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         cli.main(["report", str(tmp_path)])
     assert exit_.value.code == 2
     assert "find_runs: path must be a run or hold runs" in capsys.readouterr().err
+
+
+def test_prompts_are_reached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["prompts", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"onlinesel prompts: read_run: path must hold a run.json, got {tmp_path}. "
+        "RunLog.start writes it; call it before the first step.\n"
+    )
 
 
 def test_help_loads_no_framework() -> None:

@@ -10,7 +10,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -21,6 +21,8 @@ from onlinesel.report.summary import Arm
 try:
     import jinja2  # noqa: F401
     import matplotlib
+    import numpy as np
+    import numpy.typing as npt
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -31,7 +33,19 @@ except ImportError as error:
         'onlinesel.report needs matplotlib and jinja2: pip install "onlinesel[report]".'
     ) from error
 
-__all__ = ["PALETTE", "Canvas", "Style", "compact", "save_png", "short", "styles_of", "to_svg"]
+__all__ = [
+    "PALETTE",
+    "Canvas",
+    "Style",
+    "compact",
+    "line",
+    "name_rows",
+    "percents",
+    "save_png",
+    "short",
+    "styles_of",
+    "to_svg",
+]
 
 PALETTE: Mapping[str, tuple[str, str]] = {
     "ink": ("#1b1f24", "#e8eaed"),
@@ -159,6 +173,54 @@ def short(text: str, length: int = 18) -> str:
         'a name that is fa…'
     """
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def line(
+    axes: Axes,
+    canvas: Canvas,
+    x: Sequence[float] | npt.NDArray[np.float64],
+    y: Sequence[float] | npt.NDArray[np.float64],
+    style: Style,
+    name: str = "",
+    marks: slice | None = None,
+) -> None:
+    """Draw the line of an arm, with a marker here and there, or at `marks`.
+
+    Example:
+        >>> canvas = Canvas()
+        >>> with canvas.axes() as (axes,):
+        ...     line(axes, canvas, [0.0, 1.0], [2.0, 1.0], Style("c1", "o", "-"))
+    """
+    every = {*range(len(x))[marks or slice(len(x) // 8, -(len(x) // 8), max(1, len(x) // 4))]}
+    every |= set() if marks else {len(x) - 1}
+    axes.plot(
+        x, y, color=canvas.colour(style.role), marker=style.marker, markevery=sorted(every),
+        linestyle=style.dashes, linewidth=1.9, markersize=5.5, label=name or "_",
+    )  # fmt: skip
+
+
+def name_rows(axes: Axes, canvas: Canvas, names: Sequence[str]) -> None:
+    """Name the rows of `axes`, which lie at 0, 1, ..., from the top.
+
+    Example:
+        >>> canvas = Canvas()
+        >>> with canvas.axes() as (axes,):
+        ...     name_rows(axes, canvas, ["UDS"])
+    """
+    axes.set_yticks(range(len(names)), [short(name) for name in names])
+    axes.tick_params(axis="y", labelcolor=canvas.colour("ink"))
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.grid(False, axis="y")
+
+
+def percents(axes: Axes, which: str) -> None:
+    """Label the ticks of one axis ("x" or "y") as shares of 1.
+
+    Example:
+        >>> with Canvas().axes() as (axes,):
+        ...     percents(axes, "y")
+    """
+    getattr(axes, which + "axis").set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
 
 
 def to_svg(axes: Axes, label: str, key: str) -> str:

@@ -1,6 +1,7 @@
 """Figures of the report: one panel each, as inline SVG for the page, and the README's PNG.
 
-Each function returns None where the runs lack what it shows.
+Each function returns None where the runs lack what it shows. What is about generated completions is
+in `onlinesel.report.rollout_figures`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from pathlib import Path
 
 from onlinesel.report import drawing, summary
 from onlinesel.report.drawing import Canvas, Style
+from onlinesel.report.goals import scored, value_of
 from onlinesel.report.records import Run
 from onlinesel.report.summary import Arm
+from onlinesel.report.wording import within
 
 try:
     import numpy as np
@@ -31,14 +34,13 @@ __all__ = [
     "BUDGETS",
     "Styles",
     "headline_png",
-    "loss_curves",
+    "held_out_curves",
     "repeats",
     "score_histogram",
     "source_share",
     "step_time",
     "swatch",
     "token_lengths",
-    "within",
 ]
 
 AXES: Mapping[str, str] = {
@@ -46,12 +48,14 @@ AXES: Mapping[str, str] = {
     "seconds": "Training seconds (wall clock)",
     "step": "Optimizer steps",
     "rows": "Rows trained",
+    "rollouts": "Rollouts",
 }
-"""What held-out loss is drawn against: field of `Evaluation` and its name."""
+"""What held-out loss or reward is drawn against: number of an evaluation and its name."""
 
 BUDGETS: Mapping[str | None, str] = {
     "time": "equal time",
     "steps": "equal steps",
+    "rollouts": "equal rollouts",
     None: "no fixed budget",
 }
 """Names of the budgets under which arms are compared."""
@@ -61,21 +65,11 @@ _Floats = npt.NDArray[np.float64]
 Styles = Mapping[str, Style]
 
 
-def within(name: str) -> str:
-    """Return the name of an axis as it is written within a sentence.
+def held_out_curves(arms: Sequence[Arm], axis: str, styles: Styles, key: str) -> str | None:
+    """Draw held-out loss or reward of every arm against `axis`: mean over seeds and 95 % band.
 
     Example:
-        >>> within("Rows trained"), within("CPU seconds")
-        ('rows trained', 'CPU seconds')
-    """
-    return name if name[:2].isupper() else name[:1].lower() + name[1:]
-
-
-def loss_curves(arms: Sequence[Arm], axis: str, styles: Styles, key: str) -> str | None:
-    """Draw held-out loss of every arm against `axis`: mean over seeds and its 95 % band.
-
-    Example:
-        >>> loss_curves([], "step", {}, "f1") is None
+        >>> held_out_curves([], "step", {}, "f1") is None
         True
     """
     if not any(_curve(arm, axis)[0].size for arm in arms):
@@ -83,7 +77,8 @@ def loss_curves(arms: Sequence[Arm], axis: str, styles: Styles, key: str) -> str
     canvas = Canvas()
     with canvas.axes() as (axes,):
         _draw_curves(axes, canvas, arms, axis, styles)
-        label = f"Held-out loss against {within(AXES[axis])}. " + _ends(arms)
+        name = arms[0].goal.name.capitalize()
+        label = f"{name} against {within(AXES[axis])}. " + _ends(arms)
         return drawing.to_svg(axes, label, key)
 
 
@@ -113,7 +108,7 @@ def score_histogram(decisions: kept.Decisions, style: Style, name: str, key: str
         colour = canvas.colour(style.role)
         axes.stairs(chosen / total, edges, fill=True, color=colour, alpha=0.3)
         axes.stairs(chosen / total, edges, color=colour, linewidth=1.8, label="kept")
-        _percent(axes, "y")
+        drawing.percents(axes, "y")
         axes.set_ylim(bottom=0)
         axes.set(xlabel="Score", ylabel="Share of candidates")
         axes.legend(frameon=False, loc="best", handlelength=1.2)
@@ -151,10 +146,10 @@ def source_share(
     with canvas.axes(height=2.9) as (axes,):
         axes.axhline(pool, color=canvas.colour("ink"), linewidth=1.2, linestyle=(0, (1, 2)))
         for arm, x, share in drawn:
-            _line(axes, canvas, x, share, styles[arm.name])
+            drawing.line(axes, canvas, x, share, styles[arm.name])
         top = max([pool, *(float(share.max()) for *_, share in drawn)])
         axes.set_ylim(0, min(1.02, top * 1.15))
-        _percent(axes, "y")
+        drawing.percents(axes, "y")
         axes.set(xlabel="Optimizer steps", ylabel="Share of rows trained")
         label = f"Share of {source} among the rows trained, over steps; {pool:.0%} of the pool."
         return drawing.to_svg(axes, label, key)
@@ -184,7 +179,7 @@ def token_lengths(
             axes.plot([dropped_mean, chosen_mean], [place, place], color=colour, linewidth=2.2)
             axes.plot(dropped_mean, place, "o", ms=8, mfc=canvas.colour("card"), mec=colour, mew=2)
             axes.plot(chosen_mean, place, "o", ms=8, color=colour)
-        _names(axes, canvas, [arm.name for arm, *_ in means])
+        drawing.name_rows(axes, canvas, [arm.name for arm, *_ in means])
         axes.margins(x=0.12)
         axes.set_xlabel("Mean tokens of a row: filled = kept, hollow = dropped")
         label = "Mean tokens, kept against dropped. " + " ".join(
@@ -215,10 +210,10 @@ def repeats(arms: Sequence[Arm], key: str) -> str | None:
                     edgecolor=canvas.colour("card"), linewidth=0.8,
                 )  # fmt: skip
                 left += float(share)
-        _names(axes, canvas, [arm.name for arm, _ in known])
+        drawing.name_rows(axes, canvas, [arm.name for arm, _ in known])
         axes.set_xlim(0, 1)
         axes.grid(False)
-        _percent(axes, "x")
+        drawing.percents(axes, "x")
         axes.set_xlabel("Share of the pool, by how often a row trained")
         label = "How often rows trained. " + " ".join(
             f"{arm.name}: {s[0]:.0%} never a candidate, {s[1]:.0%} candidates that never trained."
@@ -251,7 +246,7 @@ def step_time(arms: Sequence[Arm], styles: Styles, key: str) -> str | None:
             axes.axvline(
                 base.step, color=canvas.colour("ink"), linewidth=1.3, linestyle=(0, (1, 2))
             )
-        _names(axes, canvas, [arm.name for arm, _ in costs])
+        drawing.name_rows(axes, canvas, [arm.name for arm, _ in costs])
         axes.set_xlabel("Seconds per step: solid = training, hatched = scoring")
         label = "Seconds of one optimizer step. " + " ".join(
             f"{arm.name}: {c.train:.3g} training and {c.score:.3g} scoring." for arm, c in costs
@@ -269,32 +264,36 @@ def swatch(style: Style, key: str) -> str:
     canvas = Canvas()
     with canvas.axes(0.5, 0.2) as (axes,):
         axes.axis("off")
-        _line(axes, canvas, np.array([0.0, 1.0, 2.0]), np.zeros(3), style, marks=slice(1, 2))
+        drawing.line(axes, canvas, np.array([0.0, 1.0, 2.0]), np.zeros(3), style, marks=slice(1, 2))
         axes.lines[0].set(clip_on=False, in_layout=False)
         svg = drawing.to_svg(axes, "", key)
         return svg.replace('role="img" aria-label=""', f'id="{key}"')
 
 
-def headline_png(runs: Iterable[Run], path: str | os.PathLike[str]) -> Path:
-    """Write one PNG of about 1200 x 600: held-out loss against the clock, a panel per budget.
+def headline_png(
+    runs: Iterable[Run], path: str | os.PathLike[str], *, axis: str | None = None
+) -> Path:
+    """Write one PNG of about 1200 x 600: held-out loss (or reward), a panel per budget.
 
     Args:
-        runs: Runs of all arms.
+        runs: Runs of all arms, judged by the same goal.
         path: File to write.
+        axis: What to draw against, a key of `AXES`; None for the clock of the runs.
 
     Example:
         >>> import tempfile
-        >>> run = Run(Path(), "UDS", evals=(summary.Evaluation(0, 0.0, 0, 4.0),))
+        >>> from onlinesel.report.records import Evaluation
+        >>> run = Run(Path(), "UDS", evals=(Evaluation(0, 0.0, 0, 4.0),))
         >>> headline_png([run], Path(tempfile.mkdtemp()) / "headline.png").name
         'headline.png'
     """
     runs = list(runs)
-    axis, arms = summary.clock_of(runs), summary.group_arms(runs)
+    axis, arms = axis or summary.clock_of(runs), summary.group_arms(runs)
     budgets = list(dict.fromkeys(a.budget for a in arms if _curve(a, axis)[0].size))
     if not budgets:
         raise ValueError(
-            f"headline_png: runs must hold a held-out loss, got {len(runs)} runs without one. "
-            "Log it with RunLog.evaluation."
+            f"headline_png: runs must hold a held-out loss or reward, got {len(runs)} runs without "
+            f"one against {within(AXES.get(axis, axis))}. Log it with RunLog.evaluation."
         )
     canvas, styles = Canvas(svg=False), drawing.styles_of(arms)
     with canvas.axes(8, 4, len(budgets)) as panels:
@@ -316,18 +315,18 @@ def _title(budget: str | None) -> str:
 
 
 def _ends(arms: Iterable[Arm]) -> str:
-    ends = ((arm.name, summary.t_interval(summary.final_losses(arm))) for arm in arms)
+    ends = ((arm.name, summary.t_interval(summary.finals(arm))) for arm in arms)
     return "Final: " + ", ".join(f"{name} {end.text()}" for name, end in ends if end.n) + "."
 
 
 def _curve(arm: Arm, axis: str) -> tuple[_Floats, _Floats, _Floats]:
-    """Return a grid on `axis`, the mean held-out loss of the seeds there, and its half-width."""
+    """Return a grid on `axis`, the mean loss or reward of the seeds there, and its half-width."""
     lines = []
     for run in arm.runs:
         points = {
-            float(getattr(e, axis)): e.loss
-            for e in run.evals
-            if math.isfinite(e.loss) and math.isfinite(getattr(e, axis))
+            place: value
+            for evaluation, value in scored(run)
+            if math.isfinite(value) and math.isfinite(place := value_of(evaluation, axis))
         }
         if points:
             lines.append((np.array(sorted(points)), np.array([points[x] for x in sorted(points)])))
@@ -354,40 +353,14 @@ def _draw_curves(
             axes.fill_between(
                 x, mean - half, mean + half, color=canvas.colour(style.role), alpha=0.15, lw=0
             )
-        _line(axes, canvas, x, mean, style, arm.name)
-    # The first steep descent would flatten the differences that matter: it may leave the frame.
-    end = max(float(x[-1]) for _, x, *_ in curves)
-    later = [mean[x >= _CUT * end] for _, x, mean, _ in curves]
-    top = max(float(part.max()) for part in later if part.size)
+        drawing.line(axes, canvas, x, mean, style, arm.name)
+    goal = curves[0][0].goal
+    # The first steep descent of a loss would flatten the differences that matter: it may leave the
+    # frame. A reward rises slowly, and where it starts is worth seeing.
+    end = 0.0 if goal.higher else _CUT * max(float(x[-1]) for _, x, *_ in curves)
+    shown = [mean[x >= end] for _, x, mean, _ in curves]
+    top = max(float(part.max()) for part in shown if part.size)
     low = min(float(mean.min()) for _, _, mean, _ in curves)
     room = 0.06 * (top - low) or 0.05 * (abs(top) or 1)
     axes.set_ylim(low - room, top + room)
-    axes.set(xlabel=AXES[axis], ylabel="Held-out loss")
-
-
-def _line(
-    axes: Axes,
-    canvas: Canvas,
-    x: _Floats,
-    y: _Floats,
-    style: Style,
-    name: str = "",
-    marks: slice | None = None,
-) -> None:
-    every = {*range(len(x))[marks or slice(len(x) // 8, -(len(x) // 8), max(1, len(x) // 4))]}
-    every |= set() if marks else {len(x) - 1}
-    axes.plot(
-        x, y, color=canvas.colour(style.role), marker=style.marker, markevery=sorted(every),
-        linestyle=style.dashes, linewidth=1.9, markersize=5.5, label=name or "_",
-    )  # fmt: skip
-
-
-def _names(axes: Axes, canvas: Canvas, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), [drawing.short(name) for name in names])
-    axes.tick_params(axis="y", labelcolor=canvas.colour("ink"))
-    axes.set_ylim(len(names) - 0.45, -0.55)
-    axes.grid(False, axis="y")
-
-
-def _percent(axes: Axes, which: str) -> None:
-    getattr(axes, which + "axis").set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+    axes.set(xlabel=AXES[axis], ylabel=goal.name.capitalize())

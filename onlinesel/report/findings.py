@@ -1,36 +1,36 @@
 """What the report says in words and cells: headline table, break-even table, verdicts, caveats.
 
-Plain values, so that the page and the README's markdown table cannot disagree.
+Plain values, so that the page and the README's markdown table cannot disagree. The two tables are
+about runs judged by their loss, verdicts and caveats about any runs that share a goal.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 from onlinesel.report import kept, summary
+from onlinesel.report.goals import LOSS, scored
 from onlinesel.report.records import Run
 from onlinesel.report.summary import Arm, Interval
+from onlinesel.report.wording import (
+    DASH,
+    Table,
+    axis_name,
+    count,
+    gap,
+    held_out,
+    listed,
+    percent,
+    percents,
+    seconds,
+    signed,
+)
 
-__all__ = ["Table", "break_even", "caveats", "headline", "markdown", "verdicts"]
+__all__ = ["break_even", "by_result", "caveats", "headline", "verdicts"]
 
 _SOURCES = 4
-_DASH = "–"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells as text; the first column names the arm.
-
-    Example:
-        >>> Table(("Arm",), (("UDS",),)).rows[0]
-        ('UDS',)
-    """
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 def headline(runs: Iterable[Run]) -> Table:
@@ -46,21 +46,21 @@ def headline(runs: Iterable[Run]) -> Table:
     pool = kept.pool_shares(runs)
     sources = kept.sources_of(runs)[:_SOURCES]
     columns = (
-        "Arm", "Budget", "Seeds", "Steps", "Rows trained", _clock_name(clock), "Held-out loss",
+        "Arm", "Budget", "Seeds", "Steps", "Rows trained", axis_name(clock), "Held-out loss",
         "Minus uniform", "Time to uniform's loss",
-        *(f"Trained: {source} (pool {_percent(pool[source])})" for source in sources),
+        *(f"Trained: {source} (pool {percent(pool[source])})" for source in sources),
     )  # fmt: skip
     rows = []
-    for arm in sorted(arms, key=_by_loss(arms)):
+    for arm in by_result(arms):
         base = summary.baseline(arms, arm.budget)
         shares = kept.source_shares(arm) if sources else {}
         rows.append((
             arm.name, arm.budget or "none", str(len(arm.runs)),
-            _count(_ends(arm, "step")), _count(_ends(arm, "rows")), _count(_ends(arm, clock)),
-            _loss(summary.t_interval(summary.final_losses(arm))),
-            _DASH if base is None or base is arm else _signed(summary.paired_difference(arm, base)),
-            _DASH if base is None else _reached(arm, base, clock),
-            *(_share(shares.get(source)) for source in sources),
+            *(count(summary.ends(arm, axis)) for axis in ("step", "rows", clock)),
+            held_out(summary.t_interval(summary.finals(arm)), arm.goal),
+            DASH if base is None or base is arm else signed(summary.paired_difference(arm, base)),
+            DASH if base is None else _reached(arm, base, clock),
+            *(percents(shares.get(source)) for source in sources),
         ))  # fmt: skip
     return Table(columns, tuple(rows))
 
@@ -86,35 +86,21 @@ def break_even(arms: Sequence[Arm]) -> Table:
         cost = summary.step_cost(arm)
         if cost is None:
             continue
-        rest = (_DASH,) * 4
+        rest = (DASH,) * 4
         if base and base_cost and base_cost.step > 0:
             ratio = cost.step / base_cost.step
             needed = summary.relative_reach(arm, base, "step")
             rest = (
-                f"{ratio:.2f} ×", _percent(1 / ratio) if ratio else _DASH,
+                f"{ratio:.2f} ×", percent(1 / ratio) if ratio else DASH,
                 _reached(arm, base, "step"),
-                _pays(arm, needed, ratio) if arm is not base and _improved(base) else _DASH,
+                _pays(arm, needed, ratio) if arm is not base and summary.improved(base) else DASH,
             )  # fmt: skip
-        rows.append((arm.name, _seconds(cost.score), _seconds(cost.train), *rest))
+        rows.append((arm.name, seconds(cost.score), seconds(cost.train), *rest))
     return Table(columns, tuple(rows))
 
 
-def markdown(table: Table) -> str:
-    """Return `table` as GitHub markdown, numbers to the right.
-
-    Example:
-        >>> print(markdown(Table(("Arm", "Loss"), (("a|b", "2.0"),))))
-        | Arm | Loss |
-        | :-- | --: |
-        | a\\|b | 2.0 |
-    """
-    lines = [table.columns, (":--",) + ("--:",) * (len(table.columns) - 1)]
-    cells = [[" ".join(c.split()).replace("|", "\\|") for c in row] for row in table.rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [*lines, *cells])
-
-
 def verdicts(runs: Iterable[Run]) -> list[str]:
-    """Return one sentence per budget: who ends lowest, and whether the seeds can tell.
+    """Return one sentence per budget: who ends best, and whether the seeds can tell.
 
     Example:
         >>> verdicts([])
@@ -123,26 +109,37 @@ def verdicts(runs: Iterable[Run]) -> list[str]:
     arms = summary.group_arms(runs)
     said = []
     for budget in dict.fromkeys(arm.budget for arm in arms):
-        ended = [
-            (ended_at.mean, place, ended_at, arm)
-            for place, arm in enumerate(arms)
-            if arm.budget == budget
-            and (ended_at := summary.t_interval(summary.final_losses(arm))).n
-        ]
+        ended = [arm for arm in arms if arm.budget == budget and _end(arm).n]
         if not ended:
             continue
-        _, _, lowest, best = min(ended)
-        base = summary.baseline(arms, budget)
+        best = by_result(ended)[0]
+        goal, base = best.goal, summary.baseline(arms, budget)
         lead = f"At equal {budget}" if budget else "Without a fixed budget"
-        end = f"held-out loss {_loss(lowest)}"
+        end = f"({goal.name} {held_out(_end(best), goal)})"
+        first = f"{lead}, {best.name} ends {'highest' if goal.higher else 'lowest'} {end}"
         if best is base:
-            said.append(f"{lead}, no arm ends below {best.name} ({end}).")
-        elif base is None or not summary.final_losses(base):
-            said.append(f"{lead}, {best.name} ends lowest ({end}); there is no uniform arm.")
+            said.append(f"{lead}, no arm ends {goal.side} {best.name} {end}.")
+        elif base is None or not summary.finals(base):
+            said.append(f"{first}; there is no uniform arm.")
         else:
-            gap = summary.paired_difference(best, base)
-            said.append(f"{lead}, {best.name} ends lowest ({end}){_gap(gap, base.name)}")
+            said.append(first + gap(summary.paired_difference(best, base), base.name))
     return said
+
+
+def by_result(arms: Sequence[Arm]) -> list[Arm]:
+    """Return `arms` by budget, and within a budget the best final loss or reward first.
+
+    Example:
+        >>> by_result([])
+        []
+    """
+    budgets = list(dict.fromkeys(arm.budget for arm in arms))
+
+    def key(arm: Arm) -> tuple[int, float]:
+        mean = arm.goal.sign * _end(arm).mean
+        return budgets.index(arm.budget), math.inf if math.isnan(mean) else mean
+
+    return sorted(arms, key=key)
 
 
 def caveats(runs: Iterable[Run]) -> list[str]:
@@ -155,6 +152,7 @@ def caveats(runs: Iterable[Run]) -> list[str]:
     """
     runs = list(runs)
     arms, clock = summary.group_arms(runs), summary.clock_of(runs)
+    goal = arms[0].goal if arms else LOSS
     notes = []
     fewest = min((len(arm.runs) for arm in arms), default=0)
     if fewest == 1:
@@ -163,66 +161,40 @@ def caveats(runs: Iterable[Run]) -> list[str]:
         notes.append(f"Intervals rest on as few as {fewest} seeds; five or more are usual.")
     for arm in arms:
         base = summary.baseline(arms, arm.budget)
-        axis = {"time": clock, "steps": "step"}.get(arm.budget or "")
+        axis = {"time": clock, "steps": "step", "rollouts": "rollouts"}.get(arm.budget or "")
         if base is None or base is arm or axis is None:
             continue
-        mine, theirs = _ends(arm, axis), _ends(base, axis)
+        mine, theirs = summary.ends(arm, axis), summary.ends(base, axis)
         if mine and theirs and abs(fmean(mine) / (fmean(theirs) or math.nan) - 1) > 0.1:
             notes.append(
-                f"Not an equal {arm.budget} comparison: {arm.name} used {_count(mine)} "
-                f"{_clock_name(axis).lower()}, {base.name} {_count(theirs)}."
+                f"Not an equal {arm.budget} comparison: {arm.name} used {count(mine)} "
+                f"{axis_name(axis).lower()}, {base.name} {count(theirs)}."
             )
     for budget in dict.fromkeys(arm.budget for arm in arms):
         base = summary.baseline(arms, budget)
-        if base is not None and summary.final_losses(base) and not _improved(base):
+        if base is not None and summary.finals(base) and not summary.improved(base):
             notes.append(
-                f"{base.name} does not end below its start at budget {budget or 'none'}: how much "
-                "of its way the others need has no meaning there."
+                f"{base.name} does not {'get' if goal.higher else 'end'} {goal.side} its start at "
+                f"budget {budget or 'none'}: how much of its way the others need has no meaning "
+                "there."
             )
-    diverged = [a.name for a in arms if not all(map(math.isfinite, summary.final_losses(a)))]
+    diverged = [a.name for a in arms if not all(map(math.isfinite, summary.finals(a)))]
     if diverged:
         notes.append(
-            f"Runs whose last loss is not finite are left out of the means: {_list(diverged)}."
+            f"Runs whose last {goal.field} is not finite are left out of the means: "
+            f"{listed(diverged)}."
         )
-    for what, lacking in (
-        ("steps", [run for run in runs if not run.steps]),
-        ("choices", [run for run in runs if not run.choices]),
-        ("held-out loss", [run for run in runs if not run.evals]),
-    ):
+    logged = ("generations",) if goal.higher else ("steps", "choices")
+    for what in (*logged, goal.name):
+        lacking = [r for r in runs if not (scored(r) if what == goal.name else getattr(r, what))]
         if lacking:
-            names = _list(run.name for run in lacking)
+            names = listed(run.name for run in lacking)
             notes.append(f"No {what} in {len(lacking)} of {len(runs)} runs: {names}.")
     return notes
 
 
-def _by_loss(arms: Sequence[Arm]) -> Callable[[Arm], tuple[int, float]]:
-    budgets = list(dict.fromkeys(arm.budget for arm in arms))
-
-    def key(arm: Arm) -> tuple[int, float]:
-        mean = summary.t_interval(summary.final_losses(arm)).mean
-        return budgets.index(arm.budget), math.inf if math.isnan(mean) else mean
-
-    return key
-
-
-def _ends(arm: Arm, axis: str) -> list[float]:
-    ends = [
-        float(getattr((run.steps or run.evals)[-1], axis))
-        for run in arm.runs
-        if run.steps or run.evals
-    ]
-    return [end for end in ends if math.isfinite(end)]
-
-
-def _gap(gap: Interval, name: str) -> str:
-    if not gap.n:
-        return f"; it shares no seed with {name}."
-    size = f", {abs(gap.mean):.3f} {'below' if gap.mean < 0 else 'above'} {name}"
-    if gap.n == 1:
-        return f"{size} on one shared seed, which says nothing about other seeds."
-    if abs(gap.mean) <= gap.half:
-        return f"{size} (± {gap.half:.3f}, paired by seed): the seeds do not separate the two."
-    return f"{size} (± {gap.half:.3f}, paired by seed)."
+def _end(arm: Arm) -> Interval:
+    return summary.t_interval(summary.finals(arm))
 
 
 def _pays(arm: Arm, needed: Interval, ratio: float) -> str:
@@ -242,48 +214,6 @@ def _reached(arm: Arm, base: Arm, axis: str) -> str:
         return "100 %"
     ratio = summary.relative_reach(arm, base, axis)
     if not ratio.n:
-        return "not reached" if summary.final_losses(arm) and _improved(base) else _DASH
+        return "not reached" if summary.finals(arm) and summary.improved(base) else DASH
     part = "" if ratio.n == len(arm.runs) else f" ({ratio.n} of {len(arm.runs)})"
-    return f"{Interval(100 * ratio.mean, 100 * ratio.half, ratio.n).text(0)} %{part}"
-
-
-def _improved(base: Arm) -> bool:
-    """Return whether the baseline ends below its start, so that there is a way to compare with."""
-    return any(summary.reach(r, r.evals[-1].loss, "step") > 0 for r in base.runs if r.evals)
-
-
-def _share(share: Interval | None) -> str:
-    if share is None:
-        return _DASH
-    return Interval(100 * share.mean, 100 * share.half, share.n).text(1) + " %"
-
-
-def _loss(value: Interval) -> str:
-    return value.text(3 if not value.mean < 0.1 else 5)
-
-
-def _signed(value: Interval) -> str:
-    return ("+" if value.mean > 0 else "") + value.text(3)
-
-
-def _count(values: Sequence[float]) -> str:
-    return f"{fmean(values):,.0f}".replace(",", "\u202f") if values else _DASH
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g}\u00a0%"
-
-
-def _clock_name(axis: str) -> str:
-    names = {"cpu_seconds": "CPU seconds", "seconds": "Training seconds", "step": "Steps"}
-    return names[axis]
-
-
-def _list(names: Iterable[str]) -> str:
-    distinct = list(dict.fromkeys(names))
-    more = f" and {len(distinct) - 6} more" if len(distinct) > 6 else ""
-    return ", ".join(distinct[:6]) + more
+    return percents(ratio, 0) + part

@@ -8,14 +8,26 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import count
 from pathlib import Path
+from typing import Any
 from unicodedata import category
 
-from onlinesel.report import drawing, figures, findings, kept, summary
+from onlinesel.report import (
+    drawing,
+    figures,
+    findings,
+    kept,
+    rollout_figures,
+    rollout_findings,
+    rollouts,
+    summary,
+    wording,
+)
+from onlinesel.report.goals import LOSS, goal_of
 from onlinesel.report.records import Run, find_runs, read_run
 from onlinesel.report.summary import Arm
 
@@ -64,9 +76,19 @@ class _Budget:
     lengths: _Panel | None = None
     repeats: _Panel | None = None
     time: _Panel | None = None
-    cost: findings.Table | None = None
+    cost: wording.Table | None = None
     has_choices: bool = False
     has_rows: bool = False
+
+
+@dataclass
+class _Rolled:
+    """Everything that the page shows about the arms of one budget that generate."""
+
+    title: str
+    curves: list[_Panel] = field(default_factory=list)
+    fates: list[_Panel] = field(default_factory=list)
+    rates: list[_Panel] = field(default_factory=list)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,13 +156,17 @@ def write_report(
 
 
 def table_markdown(runs: Iterable[Run]) -> str:
-    """Return the headline table as markdown, for a README.
+    """Return the headline table as markdown, for a README; runs that generate have two others.
 
     Example:
         >>> table_markdown([Run(Path(), "UDS", seed=0)]).splitlines()[0][:24]
         '| Arm | Budget | Seeds |'
     """
-    return findings.markdown(findings.headline(runs))
+    trained, generated = _parted(runs)
+    tables = [findings.headline(trained)] if trained or not generated else []
+    if generated:
+        tables += [rollout_findings.headline(generated), rollout_findings.spent(generated)]
+    return "\n\n".join(map(wording.markdown, tables))
 
 
 def render(runs: Sequence[Run], *, title: str | None = None) -> str:
@@ -150,13 +176,11 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
         >>> render([Run(Path(), "UDS")]).startswith("<!doctype html>")
         True
     """
-    arms = summary.group_arms(runs)
-    styles = drawing.styles_of(arms)
+    trained, generated = _parted(runs)
+    arms = summary.group_arms(trained)
+    styles = drawing.styles_of(arms + summary.group_arms(generated))
     keys = (f"f{number}" for number in count())
-    budgets = [
-        _budget([a for a in arms if a.budget == budget], styles, keys)
-        for budget in dict.fromkeys(arm.budget for arm in arms)
-    ]
+    budgets = [_budget(members, styles, keys) for members in _by_budget(arms)]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -169,30 +193,83 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
         palette=drawing.PALETTE,
         runs=runs,
         arms=arms,
-        names=list(styles),
+        names=list(dict.fromkeys(arm.name for arm in arms)),
         swatches={
             n: (f"k{i}", Markup(figures.swatch(s, f"k{i}")))
             for i, (n, s) in enumerate(styles.items())
         },
-        headline=findings.headline(runs),
-        clock=figures.within(figures.AXES[summary.clock_of(runs)]),
-        verdicts=findings.verdicts(runs),
-        caveats=findings.caveats(runs),
+        headline=findings.headline(trained),
+        clock=_clock([trained, generated]),
+        verdicts=findings.verdicts(trained),
+        caveats=findings.caveats(trained),
         budgets=budgets,
         repeats=kept.REPEATS,
         examples=_examples(arms),
+        generated=_generated(generated, styles, keys),
         facts=_facts(runs),
         now=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )
 
 
-def _budget(arms: Sequence[Arm], styles: figures.Styles, keys: Iterable[str]) -> _Budget:
-    key = iter(keys)
-    shown = _Budget(figures.BUDGETS.get(arms[0].budget, str(arms[0].budget)).capitalize())
-    for axis, name in figures.AXES.items():
-        svg = figures.loss_curves(arms, axis, styles, next(key))
-        if svg:
-            shown.curves.append(_Panel(f"Against {figures.within(name)}", Markup(svg)))
+def _parted(runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:
+    """Part the runs that are judged by their loss from those that are judged by their reward."""
+    runs = list(runs)
+    return [r for r in runs if goal_of(r) == LOSS], [r for r in runs if goal_of(r) != LOSS]
+
+
+def _by_budget(arms: Sequence[Arm]) -> list[list[Arm]]:
+    budgets = dict.fromkeys(arm.budget for arm in arms)
+    return [[arm for arm in arms if arm.budget == budget] for budget in budgets]
+
+
+def _clock(parts: Iterable[Sequence[Run]]) -> str:
+    clocks = dict.fromkeys(map(summary.clock_of, [runs for runs in parts if runs] or [[]]))
+    return " and ".join(wording.within(figures.AXES[clock]) for clock in clocks)
+
+
+def _title(arms: Sequence[Arm]) -> str:
+    return figures.BUDGETS.get(arms[0].budget, str(arms[0].budget)).capitalize()
+
+
+def _curves(
+    arms: Sequence[Arm], axes: Iterable[str], styles: figures.Styles, key: Iterator[str]
+) -> list[_Panel]:
+    drawn = ((axis, figures.held_out_curves(arms, axis, styles, next(key))) for axis in axes)
+    named = ((wording.within(figures.AXES[axis]), svg) for axis, svg in drawn if svg)
+    return [_Panel(f"Against {name}", Markup(svg)) for name, svg in named]
+
+
+def _generated(runs: Sequence[Run], styles: figures.Styles, key: Iterator[str]) -> dict[str, Any]:
+    """Return everything that the page shows about runs that generate; empty without one."""
+    if not runs:
+        return {}
+    arms, clock = summary.group_arms(runs), summary.clock_of(runs)
+    budgets = []
+    for members in _by_budget(arms):
+        shown = _Rolled(_title(members))
+        shown.curves = _curves(members, ("rollouts", clock, "step"), styles, key)
+        for arm in members:
+            found = rollouts.groups(arm)
+            if svg := rollout_figures.fates(found, arm.name, next(key)):
+                shown.fates.append(_Panel(arm.name, Markup(svg)))
+            if svg := rollout_figures.pass_rates(found, arm.name, next(key)):
+                shown.rates.append(_Panel(arm.name, Markup(svg)))
+        budgets.append(shown)
+    return {
+        "names": list(dict.fromkeys(arm.name for arm in arms)),
+        "headline": rollout_findings.headline(runs),
+        "spent": rollout_findings.spent(runs),
+        "verdicts": findings.verdicts(runs) + rollout_findings.costs(runs),
+        "caveats": findings.caveats(runs),
+        "budgets": budgets,
+        "fates": list(zip(rollout_figures.FATE_ROLES, rollouts.FATES, strict=True)),
+        "levels": rollout_figures.LEVELS,
+    }
+
+
+def _budget(arms: Sequence[Arm], styles: figures.Styles, key: Iterator[str]) -> _Budget:
+    shown = _Budget(_title(arms))
+    shown.curves = _curves(arms, ("cpu_seconds", "seconds", "step", "rows"), styles, key)
     decided = [kept.decisions(arm) for arm in arms]
     shown.has_choices = any(flat.ids.size for flat in decided)
     shown.has_rows = any(run.rows for arm in arms for run in arm.runs)

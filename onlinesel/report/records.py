@@ -16,10 +16,13 @@ __all__ = [
     "FORMAT",
     "Choice",
     "Evaluation",
+    "Generation",
+    "Prompt",
     "Row",
     "Run",
     "Step",
     "find_runs",
+    "prompt_of",
     "read_lines",
     "read_meta",
     "read_run",
@@ -79,6 +82,8 @@ class Choice:
 class Evaluation:
     """Held-out loss after `step` steps; `seconds` count training only, not evaluation.
 
+    What else was measured is in `metrics`; of a run that generates, `reward` and `rollouts`.
+
     Example:
         >>> Evaluation(step=0, seconds=0.0, rows=0, loss=4.2).cpu_seconds
         nan
@@ -90,6 +95,49 @@ class Evaluation:
     loss: float
     cpu_seconds: float = math.nan
     metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One generation batch: what it cost so far, and what became of each of its groups.
+
+    A group is the completions of one prompt. The last four fields have one entry per scored group:
+    int64 id of its prompt (-1 unknown), successes (NaN unknown), completions that could be scored,
+    and 1 if the group trains, else 0.
+
+    Example:
+        >>> Generation(0, 2.5, 2.4, rollouts=16, tokens=80, rejected_tokens=0, rounds=1).trials
+        array('q')
+    """
+
+    step: int
+    seconds: float
+    cpu_seconds: float
+    rollouts: int
+    tokens: int
+    rejected_tokens: int
+    rounds: int
+    prompts: array[int] = field(default_factory=lambda: array("q"))
+    successes: array[float] = field(default_factory=lambda: array("d"))
+    trials: array[int] = field(default_factory=lambda: array("q"))
+    kept: array[int] = field(default_factory=lambda: array("b"))
+
+
+class Prompt(NamedTuple):
+    """What is believed of a prompt: the pass rate that is predicted for its next group.
+
+    `std` is the standard deviation of that prediction, `last` the optimizer step of the last visit.
+
+    Example:
+        >>> Prompt(7, rate=0.5, std=0.1, visits=0, last=None).last is None
+        True
+    """
+
+    id: int
+    rate: float
+    std: float
+    visits: int
+    last: int | None
 
 
 class Row(NamedTuple):
@@ -130,6 +178,8 @@ class Run:
     choices: tuple[Choice, ...] = ()
     evals: tuple[Evaluation, ...] = ()
     rows: Mapping[int, Row] = field(default_factory=dict)
+    generations: tuple[Generation, ...] = ()
+    prompts: Mapping[int, Prompt] = field(default_factory=dict)
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
@@ -159,6 +209,8 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         choices=tuple(read_lines(folder / "choices.jsonl", _choice)),
         evals=tuple(read_lines(folder / "evals.jsonl", _evaluation)),
         rows={row.id: row for row in read_lines(folder / "rows.jsonl", row_of)},
+        generations=tuple(read_lines(folder / "rollouts.jsonl", _generation)),
+        prompts={each.id: each for each in read_lines(folder / "prompts.jsonl", prompt_of)},
     )
 
 
@@ -275,6 +327,40 @@ def _choice(record: Mapping[str, Any]) -> Choice:
         weights=array("d", map(_float, record["weights"])),
         scores=None if scores is None else array("d", map(_float, scores)),
         tokens=None if tokens is None else array("q", tokens),
+    )
+
+
+def _generation(record: Mapping[str, Any]) -> Generation:
+    lists = [record[name] for name in ("prompts", "successes", "trials", "kept")]
+    if len({len(each) for each in lists}) != 1:
+        raise ValueError("prompts, successes, trials and kept differ in length")
+    prompts, successes, trials, kept = lists
+    counts = ("step", "rollouts", "tokens", "rejected_tokens", "rounds")
+    return Generation(
+        **{name: operator.index(record[name]) for name in counts},
+        seconds=_float(record["seconds"]),
+        cpu_seconds=_float(record["cpu_seconds"]),
+        prompts=array("q", prompts),
+        successes=array("d", map(_float, successes)),
+        trials=array("q", trials),
+        kept=array("b", kept),
+    )
+
+
+def prompt_of(record: Mapping[str, Any]) -> Prompt:
+    """Return the prompt that a line of `prompts.jsonl` describes.
+
+    Example:
+        >>> prompt_of({"id": 7, "rate": 0.5, "std": None, "visits": 0, "last": None})
+        Prompt(id=7, rate=0.5, std=nan, visits=0, last=None)
+    """
+    last = record["last"]
+    return Prompt(
+        operator.index(record["id"]),
+        _float(record["rate"]),
+        _float(record["std"]),
+        operator.index(record["visits"]),
+        None if last is None else operator.index(last),
     )
 
 

@@ -2,8 +2,10 @@
 
 A run directory holds `run.json` (who and where) and JSON-lines files: `steps.jsonl` (cost of every
 optimizer step), `choices.jsonl` (candidates and weights of every step), `evals.jsonl` (held-out
-loss) and, optionally, `rows.jsonl` (text and source of the training pool). Every line is flushed
-when it is written, so a killed run loses at most the line that it was writing.
+loss) and, optionally, `rows.jsonl` (text and source of the training pool). A run that generates its
+completions has `rollouts.jsonl` (cost and groups of every generation batch) and may have
+`prompts.jsonl` (the pass rates that it predicts). Every line is flushed when it is written, so a
+killed run loses at most the line that it was writing.
 
 Only one process may write a run directory: under data parallelism, rank 0.
 """
@@ -27,19 +29,35 @@ from onlinesel.report.records import (
     FORMAT,
     Choice,
     Evaluation,
+    Generation,
+    Prompt,
     Row,
     Run,
     Step,
     find_runs,
+    prompt_of,
     read_lines,
     read_meta,
     read_run,
     row_of,
 )
 
-__all__ = ["Choice", "Evaluation", "Row", "Run", "RunLog", "Step", "find_runs", "read_run"]
+__all__ = [
+    "Choice",
+    "Evaluation",
+    "Generation",
+    "Prompt",
+    "Row",
+    "Run",
+    "RunLog",
+    "Step",
+    "find_runs",
+    "read_run",
+]
 
-_STEPPED = ("steps.jsonl", "choices.jsonl", "evals.jsonl")
+# File -> steps that its line of step k lies ahead of the checkpoint of step k: a run that goes on
+# after step k has trained that step, but generates anew for the next.
+_STEPPED = {"steps.jsonl": 0, "choices.jsonl": 0, "evals.jsonl": 0, "rollouts.jsonl": 1}
 _PACKAGES = ("onlinesel", "torch", "transformers", "trl", "lightning", "accelerate")
 
 
@@ -80,16 +98,19 @@ class RunLog:
                 "Pass resume_step=k to continue that run after step k (0 starts it afresh)."
             )
         for name in used:
-            _drop_after(self.path / name, operator.index(resume_step or 0))
+            _drop_after(self.path / name, operator.index(resume_step or 0) - _STEPPED[name])
+        if resume_step == 0:  # what an earlier run believed of its prompts is no start
+            (self.path / "prompts.jsonl").unlink(missing_ok=True)
 
     def start(self, **meta: Any) -> None:
         """Write `run.json` in one move.
 
         Args:
             **meta: `name` (of the arm, required), `strategy`, `candidates`, `scope`, `seed`,
-                `budget` ("time", "steps" or None), and any further key. `command`, `hardware`,
-                `versions` and `date` are filled in when left out; a resumed run keeps its first
-                date. `clock` ("cpu" or "wall") names the seconds that the report compares arms by.
+                `budget` ("time", "steps", "rollouts" or None), and any further key. `command`,
+                `hardware`, `versions` and `date` are filled in when left out; a resumed run keeps
+                its first date. `clock` ("cpu" or "wall") names the seconds that arms are compared
+                by.
 
         Example:
             >>> import tempfile
@@ -169,20 +190,14 @@ class RunLog:
             >>> with RunLog(tempfile.mkdtemp()) as log:
             ...     log.choice(1, ids=[4, 9], weights=[0.0, 1.0])
         """
-        record: dict[str, Any] = {
-            "step": operator.index(step),
+        columns: dict[str, list[Any] | None] = {
             "ids": [operator.index(i) for i in _items(ids)],
             "weights": [_number(w) for w in _items(weights)],
             "scores": None if scores is None else [_number(s) for s in _items(scores)],
             "tokens": None if tokens is None else [operator.index(t) for t in _items(tokens)],
         }
-        for name in ("weights", "scores", "tokens"):
-            if record[name] is not None and len(record[name]) != len(record["ids"]):
-                raise ValueError(
-                    f"RunLog.choice: {name} must have one entry per id, got {len(record[name])} "
-                    f"for {len(record['ids'])} ids. Pass every candidate, weight 0 where dropped."
-                )
-        self._append("choices.jsonl", record)
+        _check("choice", columns, "id", "Pass every candidate, weight 0 where dropped.")
+        self._append("choices.jsonl", {"step": operator.index(step), **columns})
 
     def evaluation(
         self,
@@ -190,11 +205,14 @@ class RunLog:
         step: int,
         seconds: float,
         rows: int,
-        loss: float | None,
+        loss: float | None = None,
         cpu_seconds: float | None = None,
         **metrics: Any,
     ) -> None:
         """Append one held-out evaluation; its own time must not be in `seconds`.
+
+        The report of a run that generates reads `reward` (held-out reward) and `rollouts`
+        (completions generated so far) among the `metrics`.
 
         Example:
             >>> import tempfile
@@ -205,6 +223,74 @@ class RunLog:
             "step": operator.index(step), "seconds": seconds, "cpu_seconds": cpu_seconds,
             "rows": operator.index(rows), "loss": loss, **metrics,
         })  # fmt: skip
+
+    def generation(
+        self,
+        *,
+        step: int,
+        seconds: float,
+        cpu_seconds: float | None,
+        rollouts: int,
+        tokens: int,
+        rejected_tokens: int,
+        rounds: int,
+        prompts: Iterable[int],
+        successes: Iterable[float | None],
+        trials: Iterable[int],
+        kept: Iterable[bool],
+    ) -> None:
+        """Append one generation batch; lists, arrays and tensors are accepted.
+
+        Args:
+            step: Optimizer steps done when it was generated.
+            seconds: Training seconds so far by the wall clock, without evaluation.
+            cpu_seconds: CPU seconds so far.
+            rollouts: Completions generated so far in the run.
+            tokens: Their tokens.
+            rejected_tokens: Those of them in groups that did not train.
+            rounds: Calls that generated this batch; 1 if nothing was refilled.
+            prompts: (Q,) int64 id of the prompt of each scored group, -1 if unknown.
+            successes: (Q,) successes of each group, None or NaN if unknown.
+            trials: (Q,) completions of each group that could be scored.
+            kept: (Q,) whether the group trains.
+
+        Example:
+            >>> import tempfile
+            >>> with RunLog(tempfile.mkdtemp()) as log:
+            ...     log.generation(
+            ...         step=0, seconds=1.5, cpu_seconds=1.4, rollouts=16, tokens=90, rounds=1,
+            ...         rejected_tokens=40, prompts=[4, 9], successes=[0, 3], trials=[8, 8],
+            ...         kept=[False, True],
+            ...     )
+        """
+        groups: dict[str, list[Any] | None] = {
+            "prompts": [operator.index(i) for i in _items(prompts)],
+            "successes": [_number(s) for s in _items(successes)],
+            "trials": [operator.index(t) for t in _items(trials)],
+            "kept": [bool(k) for k in _items(kept)],
+        }
+        _check("generation", groups, "prompt", "Pass every scored group, kept or not.")
+        self._append("rollouts.jsonl", {
+            "step": operator.index(step), "seconds": seconds, "cpu_seconds": cpu_seconds,
+            "rollouts": operator.index(rollouts), "tokens": operator.index(tokens),
+            "rejected_tokens": operator.index(rejected_tokens), "rounds": operator.index(rounds),
+            **groups,
+        })  # fmt: skip
+
+    def prompt_table(
+        self,
+        rows: Iterable[Prompt | tuple[int, float, float, int, int | None] | Mapping[str, Any]],
+    ) -> None:
+        """Write `prompts.jsonl` about every prompt, in place of an earlier one.
+
+        Example:
+            >>> import tempfile
+            >>> log = RunLog(tempfile.mkdtemp())
+            >>> log.prompt_table([Prompt(4, rate=0.1, std=0.05, visits=3, last=17)])
+        """
+        table = (prompt_of(r if isinstance(r, Mapping) else Prompt(*r)._asdict()) for r in rows)
+        lines = (json.dumps(_plain(each._asdict()), allow_nan=False) for each in table)
+        _replace(self.path / "prompts.jsonl", lines)
 
     def rows(self, rows: Iterable[Row | tuple[int, str | None, str] | Mapping[str, Any]]) -> None:
         """Write `rows.jsonl` about the whole training pool, in place of an earlier one.
@@ -235,6 +321,17 @@ class RunLog:
         if name not in self._files:
             self._files[name] = _open(self.path / name, "a")
         self._files[name].write(line + "\n")
+
+
+def _check(method: str, columns: Mapping[str, list[Any] | None], per: str, remedy: str) -> None:
+    """Refuse columns that are not as long as the first of them."""
+    size = len(next(iter(columns.values())) or ())
+    for name, values in columns.items():
+        if values is not None and len(values) != size:
+            raise ValueError(
+                f"RunLog.{method}: {name} must have one entry per {per}, got {len(values)} for "
+                f"{size} {per}s. {remedy}"
+            )
 
 
 def _drop_after(file: Path, step: int) -> None:

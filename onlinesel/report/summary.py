@@ -1,7 +1,8 @@
-"""Numbers of the report: arms over seeds, intervals, time to a loss, the cost of a step.
+"""Numbers of the report: arms over seeds, intervals, the way to a mark, the cost of a step.
 
 Standard library only. An arm is the set of runs that share a budget and a name and differ by seed;
-every number of an arm is the mean over its seeds with a 95 % t-interval.
+every number of an arm is the mean over its seeds with a 95 % t-interval. What runs are judged by is
+in `onlinesel.report.goals`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from onlinesel.report.records import Evaluation, Run
+from onlinesel.report.goals import LOSS, Goal, goal_of, mark_of, reach, scored, value_of
+from onlinesel.report.records import Run
 
 __all__ = [
     "Arm",
@@ -19,14 +21,17 @@ __all__ = [
     "Interval",
     "baseline",
     "clock_of",
-    "final_losses",
+    "ends",
+    "finals",
     "group_arms",
+    "improved",
     "paired_difference",
     "reach",
     "relative_reach",
     "step_cost",
     "t_interval",
     "t_quantile",
+    "ways",
 ]
 
 _T975 = (
@@ -35,7 +40,7 @@ _T975 = (
     2.07961, 2.07387, 2.06866, 2.06390, 2.05954, 2.05553, 2.05183, 2.04841, 2.04523, 2.04227,
 )  # fmt: skip
 _Z975 = 1.959963984540054
-_BUDGETS = ("time", "steps", None)
+_BUDGETS = ("time", "steps", "rollouts", None)
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,11 @@ class Arm:
     name: str
     budget: str | None
     runs: tuple[Run, ...]
+
+    @property
+    def goal(self) -> Goal:
+        """What its runs are judged by."""
+        return goal_of(self.runs[0]) if self.runs else LOSS
 
     @property
     def is_baseline(self) -> bool:
@@ -138,7 +148,7 @@ def t_interval(values: Iterable[float]) -> Interval:
 
 
 def group_arms(runs: Iterable[Run]) -> list[Arm]:
-    """Return the arms of `runs`: by budget (time, steps, none), then baseline first, then name.
+    """Return the arms of `runs`: by budget (time first, none last), then baseline first, then name.
 
     Example:
         >>> from pathlib import Path
@@ -191,75 +201,88 @@ def clock_of(runs: Sequence[Run]) -> str:
     return "cpu_seconds" if timed else "seconds"
 
 
-def final_losses(arm: Arm) -> list[float]:
-    """Return the last held-out loss of every run that has one.
+def ends(arm: Arm, axis: str) -> list[float]:
+    """Return how far every run of `arm` went along `axis`, where that is known.
 
     Example:
-        >>> final_losses(Arm("UDS", None, ()))
+        >>> ends(Arm("UDS", None, ()), "step")
         []
     """
-    return [run.evals[-1].loss for run in arm.runs if run.evals]
+    reached: list[float] = []
+    for run in arm.runs:
+        generated = axis == "rollouts"
+        records = run.generations if generated else run.steps or run.evals or run.generations
+        reached.extend(value_of(record, axis) for record in records[-1:])
+    return [end for end in reached if math.isfinite(end)]
+
+
+def finals(arm: Arm) -> list[float]:
+    """Return the last held-out loss or reward of every run that has one.
+
+    Example:
+        >>> finals(Arm("UDS", None, ()))
+        []
+    """
+    return [points[-1][1] for run in arm.runs if (points := scored(run))]
 
 
 def paired_difference(arm: Arm, base: Arm) -> Interval:
-    """Return the final held-out loss of `arm` minus that of `base`, paired by seed.
+    """Return the final held-out loss or reward of `arm` minus that of `base`, paired by seed.
 
     Example:
         >>> paired_difference(Arm("UDS", None, ()), Arm("Uniform", None, ())).n
         0
     """
-    theirs = {run.seed: run.evals[-1].loss for run in base.runs if run.evals}
-    pairs = [(r.evals[-1].loss, theirs[r.seed]) for r in arm.runs if r.evals and r.seed in theirs]
-    return t_interval(mine - other for mine, other in pairs)
+    theirs = {run.seed: points[-1][1] for run in base.runs if (points := scored(run))}
+    mine = [(run.seed, points[-1][1]) for run in arm.runs if (points := scored(run))]
+    return t_interval(end - theirs[seed] for seed, end in mine if seed in theirs)
 
 
-def reach(run: Run, target: float, axis: str) -> float:
-    """Return where the held-out loss of `run` first falls to `target`, NaN if it never does.
+def ways(arm: Arm, base: Arm, axis: str) -> list[tuple[float, float]]:
+    """Return, for each run of `arm`, how far it and the baseline go to the baseline's mark.
 
-    Args:
-        run: The run; between two evaluations its loss is taken as a straight line.
-        target: Held-out loss to reach.
-        axis: Field of `Evaluation` to measure along: "step", "seconds", "cpu_seconds", "rows".
+    The mark is the last held-out loss of the baseline, or its best held-out reward. Runs are paired
+    by seed; a run whose seed the baseline lacks is compared with the baseline's mean. The first
+    number is NaN if the run never gets there; a baseline that starts at its mark gives no pair.
 
     Example:
-        >>> from pathlib import Path
-        >>> evals = (Evaluation(0, 0.0, 0, 4.0), Evaluation(10, 8.0, 80, 2.0))
-        >>> reach(Run(Path(), "UDS", evals=evals), 3.0, "seconds")
-        4.0
+        >>> ways(Arm("UDS", None, ()), Arm("Uniform", None, ()), "step")
+        []
     """
-    before: Evaluation | None = None
-    for now in run.evals:
-        if now.loss <= target:
-            here = float(getattr(now, axis))
-            if before is None or not math.isfinite(before.loss):
-                return here
-            start = float(getattr(before, axis))
-            return start + (here - start) * (before.loss - target) / (before.loss - now.loss)
-        before = now
-    return math.nan
+    marks = {run.seed: (run, mark_of(run)) for run in base.runs if scored(run)}
+    ends = {seed: (mark, reach(run, mark, axis)) for seed, (run, mark) in marks.items()}
+    usable = [end for end in ends.values() if all(map(math.isfinite, end))]
+    if not usable:
+        return []
+    mean = (fmean(mark for mark, _ in usable), fmean(length for _, length in usable))
+    pairs = []
+    for run in arm.runs:
+        mark, length = ends.get(run.seed, mean)
+        if length > 0:
+            pairs.append((reach(run, mark, axis), length))
+    return pairs
 
 
 def relative_reach(arm: Arm, base: Arm, axis: str) -> Interval:
-    """Return how much of the baseline's way `arm` needs to the baseline's final held-out loss.
+    """Return how much of the baseline's way `arm` needs to the baseline's mark, see `ways`.
 
-    Runs are paired by seed; a run whose seed the baseline lacks is compared with the baseline's
-    mean. Below 1 the arm is faster. `n` counts the runs that reach that loss.
+    Below 1 the arm is faster. `n` counts the runs that get there.
 
     Example:
         >>> relative_reach(Arm("UDS", None, ()), Arm("Uniform", None, ()), "step").n
         0
     """
-    ends = {r.seed: (r.evals[-1].loss, _length(r, axis)) for r in base.runs if r.evals}
-    usable = [end for end in ends.values() if all(map(math.isfinite, end))]
-    if not usable:
-        return t_interval([])
-    mean = (fmean(loss for loss, _ in usable), fmean(length for _, length in usable))
-    ratios = []
-    for run in arm.runs:
-        target, length = ends.get(run.seed, mean)
-        if length > 0:
-            ratios.append(reach(run, target, axis) / length)
-    return t_interval(ratios)
+    return t_interval(needed / length for needed, length in ways(arm, base, axis))
+
+
+def improved(base: Arm) -> bool:
+    """Return whether the baseline gets beyond its start, so that there is a way to compare with.
+
+    Example:
+        >>> improved(Arm("Uniform", None, ()))
+        False
+    """
+    return any(reach(run, mark_of(run), "step") > 0 for run in base.runs)
 
 
 def step_cost(arm: Arm) -> Cost | None:
@@ -279,7 +302,3 @@ def step_cost(arm: Arm) -> Cost | None:
     if not costs:
         return None
     return Cost(fmean(score for score, _ in costs), fmean(train for _, train in costs))
-
-
-def _length(run: Run, axis: str) -> float:
-    return reach(run, run.evals[-1].loss, axis)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onlinesel.report import findings, kept, summary
+from onlinesel.report import findings, kept, summary, wording
 from onlinesel.report.records import Choice, Evaluation, Row, Run, Step
 from onlinesel.report.summary import Arm
 
@@ -118,7 +118,7 @@ def test_headline_values_and_markdown() -> None:
     )  # fmt: skip
     assert uniform[6:] == ("2.100 ± 1.271", "–", "100 %", "–", "–")
     assert table.columns[-2:] == ("Trained: bad (pool 40\u00a0%)", "Trained: good (pool 60\u00a0%)")
-    lines = findings.markdown(table).splitlines()
+    lines = wording.markdown(table).splitlines()
     assert len(lines) == 4 and lines[2].startswith("| UDS | steps | 2 | 20 | 20 | 60 | 1.550 ±")
 
 

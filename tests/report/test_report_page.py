@@ -16,6 +16,8 @@ import pytest
 from onlinesel.report.figures import headline_png
 from onlinesel.report.page import main, render, table_markdown, write_report
 from onlinesel.report.runlog import RunLog, find_runs, read_run
+from tests.report.test_rollouts import BAND, UNIFORM
+from tests.report.test_rollouts import write as write_rollouts
 
 XSS = "<script>alert(1)</script><img src=x onerror=alert(2)> 水\u00a0\ud800\x00"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -147,7 +149,7 @@ def test_headline_png_has_the_size_of_a_readme_figure(page: Path, tmp_path: Path
     data = headline_png(runs, tmp_path / "headline.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     assert [int.from_bytes(data[at : at + 4], "big") for at in (16, 20)] == [1200, 600]
-    with pytest.raises(ValueError, match="runs must hold a held-out loss, got 0 runs without one"):
+    with pytest.raises(ValueError, match="a held-out loss or reward, got 0 runs without one"):
         headline_png([], tmp_path / "none.png")
 
 
@@ -268,6 +270,23 @@ def test_in_a_browser(page: Path, browser: Browser, width: int, scheme: str) -> 
     sent = [e["params"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
     urls = {request["request"]["url"] for request in sent} - {"data:,"}
     assert urls == {page.as_uri()}
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_both_kinds_of_runs_in_a_browser(tmp_path: Path, browser: Browser, width: int) -> None:
+    write_run(tmp_path / "UDS-0", "UDS", 0)
+    write_rollouts(tmp_path, "uniform", 0, [0.2, 0.4, 0.3], groups=UNIFORM)
+    write_rollouts(tmp_path, "band", 0, [0.2, 0.3, 0.7], groups=BAND)
+    page = write_report([tmp_path], tmp_path / "report.html")
+    browser(
+        "Emulation.setDeviceMetricsOverride",
+        width=width, height=800, deviceScaleFactor=1, mobile=width < 600,
+    )  # fmt: skip
+    browser.open(page.as_uri())
+    found = browser.value(MEASURE)
+    # 10 of UDS, three curves, and two of each of two arms that generate.
+    assert found["figures"] == 10 + 3 + 4 and found["small"] == found["outside"] == 0
+    assert found["page"] <= found["view"] <= width
 
 
 def test_the_browser_check_can_fail(page: Path, browser: Browser, tmp_path: Path) -> None:
