@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,12 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def save_selection(
-    folder: str | Path, tensors: dict[str, Tensor], facts: dict[str, Any], *, rank: int | None
+    folder: str | Path,
+    tensors: dict[str, Tensor],
+    facts: dict[str, Any],
+    *,
+    rank: int | None,
+    name: str = "selection",
 ) -> None:
     """Write one state.
 
@@ -36,11 +42,13 @@ def save_selection(
         tensors: Flat state.
         facts: What JSON can hold; checked again on load.
         rank: Process the state belongs to, None if all share it.
+        name: Of the files; callbacks that may act on one trainer have names of their own.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    stem = "selection" if rank is None else f"selection-rank{rank}"
-    content = save({name: value.contiguous() for name, value in tensors.items()})
+    stem = name if rank is None else f"{name}-rank{rank}"
+    # Copies, because safetensors refuses tensors that are views of each other.
+    content = save({name: value.contiguous().clone() for name, value in tensors.items()})
     _write(folder / f"{stem}.safetensors", content)
     # The JSON comes last and names the digest: it never vouches for tensors that are not there.
     document = {"format": _FORMAT, "sha256": hashlib.sha256(content).hexdigest(), **facts}
@@ -48,17 +56,28 @@ def save_selection(
 
 
 def load_selection(
-    folder: str | Path, *, rank: int | None
+    folder: str | Path,
+    *,
+    rank: int | None,
+    name: str = "selection",
+    owner: str = "OnlineSelection",
 ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Read one state; None if the checkpoint holds no selection state at all.
+    """Read one state; None if the checkpoint holds none of that name.
+
+    Args:
+        folder: The checkpoint.
+        rank: Process the state belongs to, None if all share it.
+        name: Of the files.
+        owner: Name used in errors.
 
     Raises:
         ValueError: The files are incomplete, damaged or of an unknown format, or belong to
             another number of processes.
     """
     folder = Path(folder)
-    stem = "selection" if rank is None else f"selection-rank{rank}"
-    found = sorted(p.name for p in folder.glob("selection*") if p.suffix != ".tmp")
+    stem = name if rank is None else f"{name}-rank{rank}"
+    files = (p.name for p in folder.glob(f"{name}*") if p.suffix in (".json", ".safetensors"))
+    found = sorted(file for file in files if re.fullmatch(rf"{name}(-rank\d+)?\.\w+", file))
     if not found:
         return None
     try:
@@ -67,13 +86,13 @@ def load_selection(
         whole = facts["sha256"] == hashlib.sha256(content).hexdigest()
     except (FileNotFoundError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"OnlineSelection: checkpoint must hold {stem}.json and {stem}.safetensors, got "
+            f"{owner}: checkpoint must hold {stem}.json and {stem}.safetensors, got "
             f"{found} in {folder} ({type(error).__name__}). Resume from another checkpoint, with "
             "the scope and the number of processes that wrote it."
         ) from error
     if not whole or facts.get("format") != _FORMAT:
         raise ValueError(
-            f"OnlineSelection: selection state must be whole and of format {_FORMAT}, got format "
+            f"{owner}: selection state must be whole and of format {_FORMAT}, got format "
             f"{facts.get('format')} and {len(content)} bytes that do not match their digest in "
             f"{folder}. Resume from another checkpoint."
         )

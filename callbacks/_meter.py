@@ -13,7 +13,28 @@ from onlinesel.report.runlog import RunLog
 from onlinesel.selector import describe
 from onlinesel.step import StepPlan
 
-__all__ = ["StepMeter"]
+__all__ = ["Means", "StepMeter"]
+
+
+class Means:
+    """Means of numbers by name, each over the times that it was there."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = defaultdict(float)
+        self._counts: dict[str, int] = defaultdict(int)
+
+    def add(self, **values: float) -> None:
+        """Note numbers."""
+        for name, value in values.items():
+            self._sums[name] += value
+            self._counts[name] += 1
+
+    def drain(self) -> dict[str, float]:
+        """Return the means since the last call, and forget them."""
+        result = {name: total / self._counts[name] for name, total in self._sums.items()}
+        self._sums.clear()
+        self._counts.clear()
+        return result
 
 
 class StepMeter:
@@ -28,8 +49,7 @@ class StepMeter:
     def __init__(self, record: str | Path | RunLog | None, facts: dict[str, Any]) -> None:
         self._record, self._facts = record, facts
         self._log: RunLog | None = None
-        self._sums: dict[str, float] = defaultdict(float)
-        self._counts: dict[str, int] = defaultdict(int)
+        self._means = Means()
         self._plan: StepPlan | None = None
         self.seconds = self.cpu_seconds = 0.0
         self.rows = self.candidates = 0
@@ -40,8 +60,7 @@ class StepMeter:
         ``resume_step`` is None unless a checkpoint is resumed: a folder that holds a run already is
         then refused rather than emptied.
         """
-        self._sums.clear()
-        self._counts.clear()
+        self._means.drain()
         self._plan = None
         if self._record is None or not writes:
             return
@@ -59,12 +78,7 @@ class StepMeter:
         """Note a step's decisions."""
         self._plan = plan
         for signals, selection in plan.decisions:
-            for name, value in describe(signals, selection).items():
-                self._add(name, value)
-
-    def _add(self, name: str, value: float) -> None:
-        self._sums[name] += value
-        self._counts[name] += 1
+            self._means.add(**describe(signals, selection))
 
     def end(self, step: int) -> None:
         """Note that the step which was decided has trained."""
@@ -77,8 +91,7 @@ class StepMeter:
         self.cpu_seconds += time.process_time() - cpu
         self.rows += sum(int((s.weights > 0).sum()) for _, s in plan.decisions)
         self.candidates += sum(s.size for s, _ in plan.decisions)
-        self._add("score_seconds", plan.seconds)
-        self._add("step_seconds", seconds)
+        self._means.add(score_seconds=plan.seconds, step_seconds=seconds)
         if self._log is not None:
             self._write(self._log, plan, step, seconds)
 
@@ -122,11 +135,9 @@ class StepMeter:
         optimizer steps of uniform training that the method may need at most before it costs more
         time than it saves.
         """
-        if not self._counts["step_seconds"]:
+        result = self._means.drain()
+        if "step_seconds" not in result:
             return {}
-        result = {name: total / self._counts[name] for name, total in self._sums.items()}
-        self._sums.clear()
-        self._counts.clear()
         whole = result.pop("step_seconds")
         result["score_share"] = result["score_seconds"] / whole
         result["break_even"] = 1.0 - result["score_share"]

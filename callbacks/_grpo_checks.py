@@ -1,0 +1,211 @@
+"""Refuse, before the first step, what RolloutSelection could not do exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+import trl
+from packaging.version import Version
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from onlinesel.callbacks._attach import is_stream
+from onlinesel.callbacks._grpo_seams import moved_seams
+from onlinesel.rl.prompts import PromptSampler
+from onlinesel.rl.refill import Refill
+from onlinesel.rl.temperature import AdaptiveTemperature
+from onlinesel.rl.types import Advantages, TokenWeights
+from onlinesel.types import Strategy
+
+__all__ = ["check", "refuse"]
+
+_OLDEST = Version("1.16")
+_TOKEN_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
+_SEQUENCE_LOSSES = ("grpo", "dapo", "dr_grpo")
+_KINDS = {
+    "gate": Strategy,
+    "rollouts": Strategy,
+    "refill": Refill,
+    "prompts": PromptSampler,
+    "advantages": Advantages,
+    "tokens": TokenWeights,
+    "temperature": AdaptiveTemperature,
+}
+
+
+def refuse(argument: str, rule: str, got: object, remedy: str) -> NoReturn:
+    """Raise the designed error of the callback."""
+    raise ValueError(f"RolloutSelection: {argument} must be {rule}, got {got}. {remedy}")
+
+
+def check(trainer: Any, parts: Mapping[str, Any], outcome: str | None) -> int:
+    """Check everything that can be known before the first step.
+
+    Args:
+        trainer: What should be a GRPO trainer.
+        parts: The callback's parts by the name of their argument.
+        outcome: Name of the reward function that says right or wrong.
+
+    Returns:
+        Which of the trainer's reward functions is the outcome.
+
+    Raises:
+        ValueError: They do not fit together.
+        TypeError: A part is not of its kind.
+    """
+    for name, kind in _KINDS.items():
+        if parts[name] is not None and not isinstance(parts[name], kind):
+            raise TypeError(
+                f"RolloutSelection: {name} must be a {kind.__name__}, got {parts[name]!r}. "
+                "See onlinesel.rl for what there is."
+            )
+    _check_trainer(trainer)
+    _check_groups(trainer, parts)
+    _check_prompts(trainer, parts)
+    _check_tokens(trainer, parts)
+    return _outcome_of(trainer, parts, outcome)
+
+
+def _check_trainer(trainer: Any) -> None:
+    if not isinstance(trainer, GRPOTrainer):
+        refuse(
+            "trainer", "a TRL GRPOTrainer", type(trainer).__name__,
+            "For Trainer and SFTTrainer use onlinesel.callbacks.hf.OnlineSelection.",
+        )  # fmt: skip
+    if Version(trl.__version__) < _OLDEST:
+        refuse("TRL", f"{_OLDEST} or newer", trl.__version__, "Upgrade TRL.")
+    moved = moved_seams(trainer)
+    if moved:
+        refuse(
+            "TRL", "a version with the parts this callback builds on",
+            f"{trl.__version__} without {', '.join(moved)}",
+            "Install the TRL that onlinesel's constraints.txt names.",
+        )  # fmt: skip
+    for callback in trainer.callback_handler.callbacks:
+        if type(callback).__name__ == "RolloutSelection":
+            refuse(
+                "trainer", "one without a RolloutSelection", "one that has it",
+                "Give all parts to one callback, or detach() the other.",
+            )  # fmt: skip
+
+
+def _check_groups(trainer: Any, parts: Mapping[str, Any]) -> None:
+    gate, rollouts, size = parts["gate"], parts["rollouts"], trainer.num_generations
+    for name, strategy in (("gate", gate), ("rollouts", rollouts)):
+        needs = () if strategy is None else strategy.needs
+        other = [need for need in needs if need not in ("reward", "group", "ids")]
+        if other:
+            refuse(
+                name, "a strategy on reward and group", f"one that needs {', '.join(other)}",
+                "Scores of rows belong to OnlineSelection.",
+            )  # fmt: skip
+    possible = getattr(gate, "possible", None)
+    if possible is not None and not possible(size):
+        refuse(
+            "gate", f"one that some number of right answers out of {size} can pass", gate,
+            "Widen the band, or raise num_generations.",
+        )  # fmt: skip
+    fewest = getattr(rollouts, "keep", None)
+    if isinstance(fewest, int) and fewest > size:
+        refuse(
+            "rollouts", f"a choice among the {size} completions of a group", rollouts,
+            "Raise num_generations.",
+        )  # fmt: skip
+    columns = getattr(trainer.train_dataset, "column_names", None) or ()
+    images = [name for name in ("image", "images") if name in columns]
+    if images and (gate is not None or rollouts is not None):
+        refuse(
+            "train_dataset", "text only with a gate or rollouts", f"a column {images[0]!r}",
+            "Their rows cannot be told apart in a batch of images.",
+        )  # fmt: skip
+    if parts["refill"] is not None and gate is None:
+        refuse("refill", "used with a gate", "no gate", "Pass gate=ZeroVariance().")
+
+
+def _check_prompts(trainer: Any, parts: Mapping[str, Any]) -> None:
+    asked = [name for name in ("prompts", "refill") if parts[name] is not None]
+    if not asked:
+        return
+    dataset, groups = trainer.train_dataset, trainer.args.generation_batch_size
+    groups //= trainer.num_generations
+    if is_stream(dataset):
+        refuse(
+            "train_dataset", f"one with row numbers for {asked[0]}=", "a stream",
+            "Use a map-style data set; a stream cannot be asked for a problem.",
+        )  # fmt: skip
+    least = groups + (parts["refill"] is not None and parts["refill"].max_rounds > 0)
+    if len(dataset) < least:
+        refuse(
+            "train_dataset", f"of at least {least} problems for batches of {groups}",
+            f"{len(dataset)}", "Lower generation_batch_size, or use no refill.",
+        )  # fmt: skip
+
+
+def _check_tokens(trainer: Any, parts: Mapping[str, Any]) -> None:
+    tokens, advantages = parts["tokens"], parts["advantages"]
+    level = trainer.importance_sampling_level
+    for bad, argument, rule, got, remedy in (
+        (tokens and trainer.loss_type not in _TOKEN_LOSSES, "loss_type",
+         f"one of {', '.join(_TOKEN_LOSSES)} for token weights", repr(trainer.loss_type),
+         "Other losses do not clip by token."),
+        (tokens and level != "token", "importance_sampling_level", "'token' for token weights",
+         repr(level), "A ratio of whole sequences has no clip range by token."),
+        (advantages and advantages.per_sequence and trainer.loss_type not in _SEQUENCE_LOSSES,
+         "loss_type", f"one of {', '.join(_SEQUENCE_LOSSES)} for {advantages!r}",
+         repr(trainer.loss_type), "Its advantages are defined for a mean over each sequence."),
+    ):  # fmt: skip
+        if bad:
+            refuse(argument, rule, got, remedy)
+    if parts["temperature"] is not None:
+        _check_temperature(trainer)
+
+
+def _check_temperature(trainer: Any) -> None:
+    model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else (
+        trainer.model
+    )  # fmt: skip
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    continuous = trainer.use_transformers_continuous_batching
+    for bad, rule, got in (
+        (trainer.use_vllm, "generation by transformers", "vLLM, whose processors TRL cannot set"),
+        (continuous, "generation by transformers' generate", "continuous batching"),
+        (bool(trainer.tools), "one answer a completion", "tools"),
+        (trainer.rollout_func is not None, "the trainer's own generation", "rollout_func"),
+        (getattr(head, "bias", None) is not None, "a head without bias", "a bias"),
+        (getattr(config, "final_logit_softcapping", None) is not None, "plain logits",
+         "soft-capped ones"),
+    ):  # fmt: skip
+        if bad:
+            refuse(
+                "trainer", f"one with {rule} for temperature=", got,
+                "The tokens must be scored at the temperature that sampled them.",
+            )  # fmt: skip
+
+
+def _outcome_of(trainer: Any, parts: Mapping[str, Any], outcome: str | None) -> int:
+    names = list(trainer.reward_func_names)
+    if outcome is not None:
+        if names.count(outcome) != 1:
+            refuse("outcome", f"one of {', '.join(names)}", repr(outcome), "Name it as it is.")
+        return names.index(outcome)
+    asking = [n for n in ("gate", "prompts", "rollouts", "advantages") if parts[n] is not None]
+    if len(names) > 1 and asking:
+        refuse(
+            "outcome", f"named for {asking[0]}= with {len(names)} reward functions", "None",
+            f"Say which one tells right from wrong: {', '.join(names)}. A shaped sum must not "
+            "decide.",
+        )  # fmt: skip
+    return 0
+
+
+def check_outcomes(outcome: torch.Tensor) -> None:
+    """Refuse outcomes that are not 0, 1 or nan: samplers count right answers."""
+    known = outcome[~torch.isnan(outcome)]
+    other = known[(known != 0) & (known != 1)]
+    if len(other):
+        refuse(
+            "outcome", "0 or 1 for prompts=", f"{other[0].item():g}",
+            "Name the reward function that says right or wrong (outcome=), or say above which "
+            "value an answer is right (success=).",
+        )  # fmt: skip

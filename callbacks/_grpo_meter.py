@@ -1,0 +1,162 @@
+"""What a GRPO run generated, kept and threw away, for the log and for the report."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onlinesel.callbacks._grpo_fill import Filled
+from onlinesel.callbacks._meter import Means
+from onlinesel.report.runlog import RunLog
+
+__all__ = ["RolloutMeter"]
+
+_COUNTED = ("rollouts", "tokens", "rejected_tokens", "seconds", "cpu_seconds", "rows")
+
+
+class RolloutMeter:
+    """Count generation batches and their cost.
+
+    Args:
+        record: Folder or open record in which every batch is written down, or None.
+        facts: Entries of ``run.json``, used if ``record`` is a folder.
+    """
+
+    def __init__(self, record: str | Path | RunLog | None, facts: dict[str, Any]) -> None:
+        self._record, self._facts = record, facts
+        self._log: RunLog | None = None
+        self._means = Means()
+        self._began: tuple[float, float] | None = None
+        self.rollouts = self.tokens = self.rejected_tokens = self.rows = 0
+        self.seconds = self.cpu_seconds = 0.0
+
+    def start(self, resume_step: int | None, totals: dict[str, float], writes: bool) -> None:
+        """Begin a run, or go on with one whose ``totals`` a checkpoint remembers."""
+        self._means.drain()
+        self._began = None
+        for name in _COUNTED:
+            setattr(self, name, totals.get(name, 0))
+        if self._record is None or not writes:
+            return
+        if isinstance(self._record, RunLog):
+            self._log = self._record
+            return
+        self._log = RunLog(self._record, resume_step=resume_step)
+        self._log.start(**self._facts)
+
+    def totals(self) -> dict[str, float]:
+        """Return what must survive a checkpoint."""
+        return {name: getattr(self, name) for name in _COUNTED}
+
+    def step_began(self) -> None:
+        """Note that an optimizer step begins."""
+        self._began = time.perf_counter(), time.process_time()
+
+    def step_ended(self, step: int) -> None:
+        """Note that it has trained; evaluation and saving come after it."""
+        if self._began is None:
+            return
+        wall, cpu = self._so_far()
+        self._began = None
+        self._means.add(step_seconds=wall - self.seconds)
+        self.seconds, self.cpu_seconds = wall, cpu
+        if self._log is not None:
+            self._log.step(
+                step=step,
+                seconds=wall,
+                cpu_seconds=cpu,
+                rows=self.rows,
+                candidates=self.rollouts,
+            )
+
+    def _so_far(self) -> tuple[float, float]:
+        if self._began is None:
+            return self.seconds, self.cpu_seconds
+        wall, cpu = self._began
+        return (
+            self.seconds + time.perf_counter() - wall,
+            self.cpu_seconds + time.process_time() - cpu,
+        )
+
+    def generated(self, filled: Filled, step: int) -> None:
+        """Note one generation batch."""
+        scored, kept = filled.scored, [group for group in filled.scored if group.kept]
+        idle = [group for group in scored if group.number not in filled.training]
+        wasted = sum(int(group.lengths.sum()) for group in idle)
+        self.rollouts += filled.rollouts
+        self.tokens += filled.tokens
+        self.rejected_tokens += wasted
+        self.rows += sum(len(group.weights) for group in filled.groups)
+        rates = [group.outcome.nanmean().item() for group in scored]
+        dropped = [r for r, g in zip(rates, scored, strict=True) if not g.kept]
+        known = [rate for rate in rates if rate == rate]
+        values = {
+            "kept_share": len(kept) / len(scored),
+            "rounds": len(filled.batches),
+            "rollouts": filled.rollouts,
+            "short": filled.short,
+            "surplus": sum(group.kept for group in idle) / len(scored),
+            "too_easy": sum(rate > 0.5 for rate in dropped) / len(scored),
+            "too_hard": sum(rate <= 0.5 for rate in dropped) / len(scored),
+            "unscorable": (len(rates) - len(known)) / len(scored),
+            "rejected_token_share": wasted / max(filled.tokens, 1),
+        }
+        if known:
+            values["outcome_all"] = sum(known) / len(known)
+        if kept:
+            values["rollouts_per_kept"] = filled.rollouts / len(kept)
+            kept_rates = [g.outcome.nanmean().item() for g in kept]
+            values["outcome_kept"] = sum(kept_rates) / len(kept)
+        self._means.add(**values)
+        if self._log is not None:
+            self._write(self._log, filled, step)
+
+    def _write(self, log: RunLog, filled: Filled, step: int) -> None:
+        known = [~torch.isnan(group.outcome) for group in filled.scored]
+        trials = [int(mask.sum()) for mask in known]
+        pairs = zip(filled.scored, known, trials, strict=True)
+        wall, cpu = self._so_far()
+        log.generation(
+            step=step,
+            seconds=wall,
+            cpu_seconds=cpu,
+            rollouts=self.rollouts,
+            tokens=self.tokens,
+            rejected_tokens=self.rejected_tokens,
+            rounds=len(filled.batches),
+            prompts=[group.prompt for group in filled.scored],
+            successes=[g.outcome[m].sum().item() if n else None for g, m, n in pairs],
+            trials=trials,
+            kept=[group.number in filled.training for group in filled.scored],
+        )
+
+    def evaluated(self, step: int, logs: dict[str, float]) -> None:
+        """Note a held-out reward."""
+        if self._log is not None and "eval_reward" in logs:
+            self._log.evaluation(
+                step=step,
+                seconds=self.seconds,
+                cpu_seconds=self.cpu_seconds,
+                rows=self.rows,
+                rollouts=self.rollouts,
+                loss=None,
+                reward=logs["eval_reward"],
+            )
+
+    def table(self, rows: list[dict[str, Any]]) -> None:
+        """Write what is believed about the problems."""
+        if self._log is not None:
+            self._log.prompt_table(rows)
+
+    def drain(self) -> dict[str, float]:
+        """Return the means since the last call, under ``rollouts/``, and forget them."""
+        return {f"rollouts/{name}": value for name, value in self._means.drain().items()}
+
+    def stop(self) -> None:
+        """Close the record."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None

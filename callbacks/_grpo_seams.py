@@ -1,0 +1,87 @@
+"""The trainer's own parts that the callback builds on, named, so that a change is told by name."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+__all__ = ["ATTRIBUTES", "READS", "SEAMS", "moved_seams"]
+
+SEAMS: dict[str, tuple[str, ...]] = {
+    "get_train_dataloader": (),
+    "_prepare_inputs": ("generation_batch",),
+    "_generate_and_score_completions": ("inputs",),
+    "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
+    "_get_per_token_logps_and_entropies": (
+        "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy",
+    ),
+    "_compute_loss": ("model", "inputs"),
+    "log": ("logs", "start_time"),
+    "_save_rng_state": ("output_dir",),
+    "_inner_training_loop": (),
+}  # fmt: skip
+"""Methods that are wrapped or called, and the parameters that must be among theirs."""
+
+READS: dict[str, tuple[str, ...]] = {
+    "_prepare_inputs": (
+        r"self\._generate_and_score_completions\(",
+        r"self\._step % generate_every == 0",
+        r"split_tensor_dict\(generation_batch, self\.args\.steps_per_generation\)",
+    ),
+    "_generate_and_score_completions": (
+        r"self\._calculate_rewards\(",
+        r"self\._generate\(",
+        r'"num_items_in_batch": num_items_in_batch',
+        r'"advantages": advantages',
+    ),
+    "_calculate_rewards": (r"self\.reward_funcs", r"gather\(rewards_per_func\)"),
+    # The clip range and the advantages are read after the log-probabilities were computed.
+    "_compute_loss": (
+        r"(?s)self\._get_per_token_logps_and_entropies\(.*advantages = inputs\[\"advantages\"\]",
+        r"(?s)self\._get_per_token_logps_and_entropies\(.*torch\.clamp\(coef_1, 1 - "
+        r"self\.epsilon_low, 1 \+ self\.epsilon_high\)",
+        r'inputs\["num_items_in_batch"\]',
+    ),
+    "_generate_single_turn": (r"unwrapped_model\.generate\(",),
+}
+"""What the source of a method must contain for the wrapping to mean what it says."""
+
+ATTRIBUTES = (
+    "_step", "_buffered_inputs", "_tokenizer", "epsilon_low", "epsilon_high", "generation_config",
+    "loss_type", "max_completion_length", "multi_objective_aggregation", "num_generations",
+    "num_iterations", "pad_to_multiple_of", "reward_func_names", "reward_funcs", "reward_weights",
+    "scale_rewards", "temperature",
+)  # fmt: skip
+"""Attributes of a constructed trainer that are read or set."""
+
+
+def _unwrapped(method: Any) -> Any:
+    while hasattr(method, "__wrapped__"):
+        method = method.__wrapped__
+    return method
+
+
+def moved_seams(trainer: Any, *, sources: bool = False) -> list[str]:
+    """Return what this trainer lacks of what the callback builds on, in words; empty if nothing.
+
+    Args:
+        trainer: A GRPO trainer, or its class (attributes are not looked at then).
+        sources: Also look at the source of the methods, as the tests do for each new version.
+    """
+    moved = []
+    owner = trainer if isinstance(trainer, type) else type(trainer)
+    for name, parameters in SEAMS.items():
+        method = getattr(owner, name, None)
+        if method is None:
+            moved.append(f"method {name}")
+            continue
+        known = inspect.signature(_unwrapped(method)).parameters
+        moved += [f"parameter {p} of {name}" for p in parameters if p not in known]
+    if not isinstance(trainer, type):
+        moved += [f"attribute {name}" for name in ATTRIBUTES if not hasattr(trainer, name)]
+    if sources:
+        for name, patterns in READS.items():
+            text = inspect.getsource(_unwrapped(getattr(owner, name)))
+            moved += [f"{p!r} in {name}" for p in patterns if not re.search(p, text)]
+    return moved

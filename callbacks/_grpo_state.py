@@ -1,0 +1,91 @@
+"""The state of a GRPO run as flat tensors, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onlinesel.callbacks._grpo_fill import Filler, Group
+
+__all__ = ["buffer_tensors", "fill_tensors", "part", "prefixed", "restore_buffer", "restore_fill"]
+
+_FIELDS = ("rewards", "outcome", "weights", "lengths")
+
+
+def prefixed(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the entries under a name of their own."""
+    return {f"{name}.{key}": value for key, value in state.items()}
+
+
+def part(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the entries that :func:`prefixed` put under a name."""
+    start = f"{name}."
+    return {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+
+
+def fill_tensors(filler: Filler) -> dict[str, Tensor]:
+    """Return everything that a filler remembers from batch to batch."""
+    state = {
+        "generator": filler.generator.get_state(),
+        "acceptance": torch.tensor(filler.acceptance, dtype=torch.float64),
+        "barren": torch.tensor(filler.barren),
+    }
+    for name in ("gate", "rollouts"):
+        selector = getattr(filler, name)
+        if selector is not None:
+            own = selector.state_dict()
+            state |= prefixed(own["tensors"] | {"step": torch.tensor(own["step"])}, name)
+    pools = {"pool": filler.pool, "further": filler.further}
+    for name, pool in pools.items():
+        if pool is not None and not (name == "further" and pool is filler.pool):
+            state |= prefixed(pool.state_dict(), name)
+    for i, group in enumerate(filler.carried):
+        fields = {name: getattr(group, name) for name in _FIELDS}
+        rows = prefixed(group.rows or {}, "rows")
+        state |= prefixed({**fields, **rows, "prompt": torch.tensor(group.prompt)}, f"carried.{i}")
+    return state
+
+
+def restore_fill(filler: Filler, state: Mapping[str, Tensor]) -> None:
+    """Put a filler where :func:`fill_tensors` was taken."""
+    filler.generator.set_state(state["generator"])
+    filler.acceptance, filler.barren = float(state["acceptance"]), int(state["barren"])
+    for name in ("gate", "rollouts"):
+        selector = getattr(filler, name)
+        if selector is not None:
+            own = part(state, name)
+            step = int(own.pop("step"))
+            strategy = repr(selector.strategy)
+            selector.load_state_dict({"strategy": strategy, "step": step, "tensors": own})
+    for name in ("pool", "further"):
+        pool = getattr(filler, name)
+        if pool is not None and not (name == "further" and pool is filler.pool):
+            pool.load_state_dict(part(state, name))
+    filler.carried = []
+    while own := part(state, f"carried.{len(filler.carried)}"):
+        fields = {name: own[name] for name in _FIELDS}
+        rows = part(own, "rows")
+        filler.carried.append(Group(prompt=int(own["prompt"]), rows=rows, **fields))
+
+
+def buffer_tensors(trainer: Any) -> dict[str, Tensor]:
+    """Return the generation batch that the trainer is in the middle of; empty between two."""
+    every = trainer.args.steps_per_generation * trainer.num_iterations
+    state = {"step": torch.tensor(trainer._step)}
+    if trainer._step % every and trainer._buffered_inputs is not None:
+        for i, batch in enumerate(trainer._buffered_inputs):
+            columns = {n: v.cpu() for n, v in batch.items() if isinstance(v, Tensor)}
+            state |= prefixed(columns, f"buffer.{i}")
+    return state
+
+
+def restore_buffer(trainer: Any, state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put the trainer back into the middle of its generation batch."""
+    trainer._step = int(state["step"])
+    buffer: list[dict[str, Tensor]] = []
+    while columns := part(state, f"buffer.{len(buffer)}"):
+        buffer.append({name: value.to(device) for name, value in columns.items()})
+    trainer._buffered_inputs = buffer or None

@@ -1,0 +1,373 @@
+"""Online selection in TRL's GRPOTrainer: which problems, which groups, which tokens.
+
+A bare ``TrainerCallback`` never sees a generation batch, so this one takes the trainer and wraps a
+few bound methods **of that instance** (they are listed in ``_grpo_seams.py``); each calls the
+trainer's own and never repeats its code. :meth:`RolloutSelection.detach` puts everything back.
+
+- ``_generate_and_score_completions``: choose the problems, generate, let the gate decide, generate
+  again at the same weights, and return as many rows on every rank;
+- ``_calculate_rewards``: the outcomes, which the trainer has gathered over all ranks already;
+- ``_compute_loss`` and ``_get_per_token_logps_and_entropies``: token weights and temperatures;
+- ``get_train_dataloader``: rows know their number; ``log``, ``_save_rng_state`` and
+  ``_inner_training_loop``: metrics and state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from onlinesel.callbacks import _attach
+from onlinesel.callbacks._checkpoint import load_selection, save_selection
+from onlinesel.callbacks._grpo_batch import BatchMaker
+from onlinesel.callbacks._grpo_checks import check, refuse
+from onlinesel.callbacks._grpo_meter import RolloutMeter
+from onlinesel.callbacks._grpo_prompts import prompt_features
+from onlinesel.callbacks._grpo_rewards import RewardGuard
+from onlinesel.callbacks._grpo_state import (
+    buffer_tensors,
+    fill_tensors,
+    part,
+    prefixed,
+    restore_buffer,
+    restore_fill,
+)
+from onlinesel.callbacks._grpo_tokens import TokenTerm
+from onlinesel.callbacks._rows import NumberedRows
+from onlinesel.distributed import world_size
+from onlinesel.report.runlog import RunLog
+from onlinesel.rl.prompts import PromptPool, PromptSampler
+from onlinesel.rl.refill import Refill
+from onlinesel.rl.temperature import AdaptiveTemperature
+from onlinesel.rl.types import Advantages, TokenWeights
+from onlinesel.rl.uniform_prompts import UniformPrompts
+from onlinesel.types import Strategy
+
+try:
+    from accelerate.utils import broadcast_object_list
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        'onlinesel.callbacks.grpo needs TRL: pip install "onlinesel[trl]".'
+    ) from error
+
+__all__ = ["RolloutSelection"]
+
+_WRAPPED = (
+    "get_train_dataloader",
+    "_generate_and_score_completions",
+    "_calculate_rewards",
+    "_get_per_token_logps_and_entropies",
+    "_compute_loss",
+    "log",
+    "_save_rng_state",
+    "_inner_training_loop",
+)
+_NAME = "rollouts"
+
+
+class RolloutSelection(TrainerCallback):
+    """Choose the problems, the groups and the tokens that GRPO trains on.
+
+    Every part is optional; without any, the trainer does what it did before.
+
+    Args:
+        trainer: A TRL ``GRPOTrainer``. It is changed at once; add the callback to the same trainer.
+        gate: Strategy on ``reward`` and ``group`` that drops groups after the rollout, as
+            :class:`onlinesel.rl.PassRateBand`.
+        refill: How a batch that the gate left short is filled; None never generates twice and
+            trains on what is left.
+        prompts: Which problems are rolled out, as :class:`onlinesel.rl.SharedDifficulty`; they are
+            chosen at the moment of the rollout, and the loader's own rows are then not used. None
+            takes the loader's.
+        rollouts: Strategy on ``reward`` and ``group`` that picks completions within each kept
+            group, as :class:`onlinesel.rl.MaxVariance`.
+        advantages: Replaces the trainer's definition, as :class:`onlinesel.rl.TokenAverage`.
+        tokens: Weights and clip ranges of single tokens, as :class:`onlinesel.rl.HAPO`.
+        temperature: Sampling temperature of every token
+            (:class:`onlinesel.rl.AdaptiveTemperature`).
+        outcome: Name of the reward function that says right or wrong. Needed if there are several:
+            gates and samplers must not see a shaped sum.
+        success: Outcome above which an answer is right; None for outcomes of 0 and 1.
+        seed: Of the selection's own generators, the same on all ranks.
+        reward_timeout: Seconds after which a reward function that does not answer ends the run,
+            on all ranks; None for no bound.
+        record: Folder (or an open :class:`onlinesel.report.runlog.RunLog`) for ``onlinesel
+            report`` and ``onlinesel prompts``.
+
+    Raises:
+        ValueError: The arguments, the trainer or its settings do not fit together; the message
+            says what to change.
+        TypeError: A part is not of its kind.
+
+    Example:
+        ```python
+        trainer = GRPOTrainer(model, reward_funcs=correct, args=args, train_dataset=dataset)
+        trainer.add_callback(
+            RolloutSelection(
+                trainer,
+                gate=PassRateBand(0.25, 0.75),
+                refill=Refill(max_rounds=3),
+                prompts=SharedDifficulty(target=0.5),
+            )
+        )
+        trainer.train()
+        ```
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        *,
+        gate: Strategy | None = None,
+        refill: Refill | None = None,
+        prompts: PromptSampler | None = None,
+        rollouts: Strategy | None = None,
+        advantages: Advantages | None = None,
+        tokens: TokenWeights | None = None,
+        temperature: AdaptiveTemperature | None = None,
+        outcome: str | None = None,
+        success: float | None = None,
+        seed: int = 0,
+        reward_timeout: float | None = None,
+        record: str | Path | RunLog | None = None,
+    ) -> None:
+        self.parts: dict[str, Any] = {
+            "gate": gate, "refill": refill, "prompts": prompts, "rollouts": rollouts,
+            "advantages": advantages, "tokens": tokens, "temperature": temperature,
+        }  # fmt: skip
+        self.trainer, self.seed, self.success = trainer, seed, success
+        self._outcome = check(trainer, self.parts, outcome)
+        self._idle = not any(part is not None for part in self.parts.values()) and record is None
+        self._guard = RewardGuard(reward_timeout)
+        self._tokens = TokenTerm(
+            trainer, tokens, temperature, scores=bool(advantages and advantages.needs_scores)
+        )
+        self.meter = RolloutMeter(record, {"name": _name(gate, prompts), **self._facts()})
+        self._maker: BatchMaker | None = None
+        self._running = self._skip = self._moved = False
+        methods = {name: getattr(self, f"_on_{name}") for name in _WRAPPED}
+        self._call = {name: getattr(trainer, name) for name in _WRAPPED}
+        self._before = _attach.wrap(trainer, methods)
+
+    def detach(self) -> None:
+        """Take the callback off its trainer, which is then as it was before.
+
+        Raises:
+            ValueError: The trainer is training.
+        """
+        if self._running:
+            refuse(
+                "detach", "called before or after train()", "a call during training",
+                "Use When(..., stop=step) to end a gate within a run.",
+            )  # fmt: skip
+        _attach.restore(self.trainer, self._before)
+        if self in self.trainer.callback_handler.callbacks:
+            self.trainer.remove_callback(self)
+
+    def prompt_table(self) -> list[dict[str, Any]]:
+        """Return what is believed about every problem; empty without a prompt sampler."""
+        return [] if self._pooled is None else self._pooled.table()
+
+    @property
+    def _pooled(self) -> PromptPool | None:
+        return None if self._maker is None else self._maker.filler.pool
+
+    # Generation -----------------------------------------------------------------------------
+
+    def _on_get_train_dataloader(self) -> Any:
+        """Build the trainer's own loader, over rows that know their number."""
+        dataset = self.trainer.train_dataset
+        if self._idle or _attach.is_stream(dataset):
+            return self._call["get_train_dataloader"]()
+        with _attach.overridden(self.trainer, {"train_dataset": NumberedRows(dataset)}):
+            return self._call["get_train_dataloader"]()
+
+    def _on__generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return a generation batch that is worth training on."""
+        maker = self._maker
+        if maker is None or not self.trainer.model.training:
+            return self._call["_generate_and_score_completions"](inputs)
+        step = self.trainer.state.global_step
+        batch, filled = maker.make(inputs, step)
+        self._skip = filled.skip
+        self.meter.generated(filled, step)
+        return batch
+
+    def _on__calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Let the trainer compute the rewards, and keep what all ranks now know."""
+        trainer = self.trainer
+        guarded = self._guard.wrap(trainer.reward_funcs, trainer.reward_func_names)
+        with _attach.overridden(trainer, {"reward_funcs": guarded}):
+            rewards = self._call["_calculate_rewards"](*args, **kwargs)
+        self._guard.check()
+        if self._maker is not None:
+            self._maker.rewards = rewards
+        return rewards
+
+    # The loss -------------------------------------------------------------------------------
+
+    def _on__get_per_token_logps_and_entropies(
+        self, model: nn.Module, *args: Any, **kwargs: Any
+    ) -> Any:
+        call = self._call["_get_per_token_logps_and_entropies"]
+        if not self._tokens.active:
+            return call(model, *args, **kwargs)
+        return self._tokens.log_probs(call, model, *args, **kwargs)
+
+    def _on__compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        call, training = self._call["_compute_loss"], self.trainer.model.training
+        self._moved |= training and not self._skip
+        if not self._tokens.active or not training:
+            return call(model, inputs)
+        return self._tokens.loss(call, model, inputs)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let a skipped batch leave the weights as they are, momentum and decay included."""
+        if not self._moved:
+            kwargs["optimizer"].zero_grad(set_to_none=True)
+        self._moved = False
+
+    # The run --------------------------------------------------------------------------------
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock of the step."""
+        self.meter.step_began()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop it."""
+        self.meter.step_ended(state.global_step)
+
+    def _on_log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and not self._idle:
+            logs.update(self.meter.drain())
+            metrics = {} if self._pooled is None else self._pooled.metrics()
+            logs.update({f"rollouts/{name}": value for name, value in metrics.items()})
+        self._call["log"](logs, *args, **kwargs)
+        self.meter.evaluated(self.trainer.state.global_step, logs)
+
+    def _facts(self) -> dict[str, Any]:
+        return {name: repr(part) for name, part in self.parts.items()} | {
+            "outcome": self._outcome,
+            "success": self.success,
+            "seed": self.seed,
+            "strategy": ", ".join(
+                f"{name}={part!r}" for name, part in self.parts.items() if part is not None
+            ),
+        }
+
+    def _on__inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Start or resume the selection together with the run."""
+        if self not in self.trainer.callback_handler.callbacks:
+            refuse(
+                "callback", "among the trainer's callbacks", "one that was only constructed",
+                "Write trainer.add_callback(RolloutSelection(trainer, ...)).",
+            )  # fmt: skip
+        if not self._idle:
+            self._begin(kwargs.get("resume_from_checkpoint"))
+        self._running = True
+        try:
+            return self._call["_inner_training_loop"](*args, **kwargs)
+        finally:
+            self._running = False
+            self.meter.table(self.prompt_table())
+            self.meter.stop()
+
+    def _begin(self, checkpoint: str | None) -> None:
+        found = self._load(checkpoint)
+        state, facts = found if found is not None else ({}, {})
+        pool = self._pool(self.parts["prompts"], part(state, "pool"))
+        further = pool if self.parts["refill"] is not None else None
+        if self.parts["refill"] is not None and pool is None:
+            further = self._pool(UniformPrompts(), part(state, "further"))
+        self._maker = BatchMaker(
+            self.trainer,
+            self.parts,
+            self._tokens,
+            generate=self._call["_generate_and_score_completions"],
+            log_probs=self._call["_get_per_token_logps_and_entropies"],
+            outcome=self._outcome,
+            success=self.success,
+            pool=pool,
+            further=further,
+            seed=self.seed,
+        )
+        self._tokens.statistics, self._tokens.heat = {}, None
+        if found is not None:
+            restore_fill(self._maker.filler, state)
+            self._tokens.statistics = part(state, "statistics")
+            self._tokens.heat = part(state, "heat") or None
+        resumed = None if found is None else int(facts["step"])
+        writes = self.trainer.args.process_index == 0
+        self.meter.start(resumed, facts.get("totals", {}), writes)
+
+    def _pool(self, sampler: PromptSampler | None, state: dict[str, Tensor]) -> PromptPool | None:
+        if sampler is None:
+            return None
+        trainer = self.trainer
+        pool = PromptPool(
+            sampler,
+            len(trainer.train_dataset),
+            trials=trainer.num_generations,
+            seed=self.seed,
+            features=None if state else prompt_features(trainer, sampler.features),
+            state=state or None,
+        )
+        if world_size() > 1:
+            # Eigenvectors need not be the same bits on processors of another make.
+            pool.load_state_dict(broadcast_object_list([pool.state_dict()])[0])
+        return pool
+
+    def _on__save_rng_state(self, output_dir: str) -> None:
+        """Write the state beside the trainer's own, before the checkpoint counts as complete."""
+        self._call["_save_rng_state"](output_dir)
+        if self._maker is None:
+            return
+        trainer = self.trainer
+        save_selection(
+            output_dir, buffer_tensors(trainer), {}, rank=trainer.args.process_index, name=_NAME
+        )
+        if not trainer.args.should_save:
+            return
+        tensors = fill_tensors(self._maker.filler)
+        tensors |= prefixed(self._tokens.statistics, "statistics")
+        tensors |= prefixed(self._tokens.heat or {}, "heat")
+        facts = {
+            **self._facts(),
+            "step": trainer.state.global_step,
+            "world_size": world_size(),
+            "totals": self.meter.totals(),
+        }
+        tensors = {name: value.detach().cpu() for name, value in tensors.items()}
+        save_selection(output_dir, tensors, facts, rank=None, name=_NAME)
+        self.meter.table(self.prompt_table())
+
+    def _load(self, checkpoint: str | None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Read the state of a checkpoint; None if there is none."""
+        if checkpoint is None:
+            return None
+        owner = type(self).__name__
+        found = load_selection(checkpoint, rank=None, name=_NAME, owner=owner)
+        if found is None:
+            return None
+        expected = {**self._facts(), "world_size": world_size()}
+        for name, value in expected.items():
+            if found[1][name] != value:
+                refuse(
+                    name, f"the checkpoint's ({found[1][name]})", value,
+                    f"Resume {checkpoint} with the arguments that wrote it.",
+                )  # fmt: skip
+        mine = self.trainer.args.process_index
+        own = load_selection(checkpoint, rank=mine, name=_NAME, owner=owner)
+        assert own is not None
+        restore_buffer(self.trainer, own[0], self.trainer.args.device)
+        return found
+
+
+def _name(gate: Strategy | None, prompts: PromptSampler | None) -> str:
+    """Name a run after what chooses in it."""
+    names: Sequence[str] = [type(p).__name__ for p in (gate, prompts) if p is not None]
+    return " + ".join(names) or "GRPO"

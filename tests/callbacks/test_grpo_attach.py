@@ -1,0 +1,299 @@
+"""Every setting that could not be exact is refused before the first step, with a remedy."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import GRPOTrainer
+
+from onlinesel.callbacks import _grpo_checks
+from onlinesel.callbacks._grpo_seams import moved_seams
+from onlinesel.callbacks.grpo import RolloutSelection
+from onlinesel.rl import (
+    DRPO,
+    HAPO,
+    AdaptiveTemperature,
+    MaxVariance,
+    PassRateBand,
+    Refill,
+    SharedDifficulty,
+    Thompson,
+    ZeroVariance,
+)
+from onlinesel.strategies import TopLoss
+from tests.callbacks.grpo_hosts import (
+    attach,
+    length_bonus,
+    make_grpo_trainer,
+    make_problems,
+    outcome,
+    rows,
+    spy,
+)
+from tests.callbacks.hosts import make_model, make_trainer
+
+
+def test_the_trainers_own_parts_are_where_they_were() -> None:
+    """On a new TRL, this names exactly what moved."""
+    assert moved_seams(GRPOTrainer, sources=True) == []
+
+
+def test_a_moved_part_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Renamed(GRPOTrainer):
+        _calculate_rewards = None
+
+        def _compute_loss(self, model: Any, batch: Any) -> Any:
+            return batch["num_items_in_batch"]
+
+    moved = moved_seams(Renamed)
+    assert moved == ["method _calculate_rewards", "parameter inputs of _compute_loss"]
+    sources = moved_seams(GRPOTrainer, sources=True)
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda self, model, inputs: None)
+    found = [what for what in moved_seams(GRPOTrainer, sources=True) if what not in sources]
+    assert len(found) == 3 and all(what.endswith("in _compute_loss") for what in found)
+    trainer = make_grpo_trainer(tmp_path)
+    del trainer.epsilon_low
+    with pytest.raises(ValueError, match=r"TRL must be a version .* without attribute epsilon_low"):
+        RolloutSelection(trainer)
+
+
+def test_an_old_trl_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_grpo_trainer(tmp_path)
+    monkeypatch.setattr(_grpo_checks.trl, "__version__", "1.15.9")
+    with pytest.raises(ValueError, match=r"TRL must be 1.16 or newer, got 1.15.9. Upgrade"):
+        RolloutSelection(trainer)
+
+
+@pytest.mark.parametrize(
+    ("setting", "parts", "message"),
+    [
+        ({}, {"gate": PassRateBand(0.3, 0.45)}, "gate must be one that some number of right answe"),
+        ({}, {"gate": PassRateBand(0.5, 0.5, inclusive=False)}, "Widen the band, or raise num_gen"),
+        ({}, {"gate": TopLoss()}, "gate must be a strategy on reward and group, got one that ne"),
+        ({}, {"refill": Refill()}, "refill must be used with a gate, got no gate"),
+        ({}, {"rollouts": MaxVariance(5)}, "rollouts must be a choice among the 4 completions"),
+        (
+            {"rewards": [outcome, length_bonus]},
+            {"gate": ZeroVariance()},
+            "outcome must be named for gate= with 2 reward functions, got None. Say which one",
+        ),
+        (
+            {"rewards": [outcome, length_bonus]},
+            {"gate": ZeroVariance(), "outcome": "correct"},
+            "outcome must be one of outcome, length_bonus, got 'correct'",
+        ),
+        (
+            {"rights": (2, 2)},
+            {"gate": ZeroVariance(), "refill": Refill()},
+            "train_dataset must be of at least 3 problems for batches of 2, got 2",
+        ),
+        (
+            {"rights": (2,)},
+            {"prompts": Thompson()},
+            "train_dataset must be of at least 2 problems for batches of 2, got 1",
+        ),
+        ({"loss_type": "cispo"}, {"tokens": HAPO()}, "loss_type must be one of grpo, bnpo, dr_gr"),
+        (
+            {"importance_sampling_level": "sequence", "loss_type": "grpo"},
+            {"tokens": HAPO()},
+            "importance_sampling_level must be 'token' for token weights, got 'sequence'",
+        ),
+        ({"loss_type": "bnpo"}, {"advantages": DRPO()}, "loss_type must be one of grpo, dapo, dr_"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    tmp_path: Path, setting: dict[str, Any], parts: dict[str, Any], message: str
+) -> None:
+    trainer = make_grpo_trainer(tmp_path, **setting)
+    before = dict(trainer.__dict__)
+    with pytest.raises(ValueError, match=f"RolloutSelection: .*{message}|{message}"):
+        RolloutSelection(trainer, **parts)
+    assert trainer.__dict__ == before
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"gate": PassRateBand}, "gate must be a Strategy, got <class"),
+        ({"refill": 3}, "refill must be a Refill, got 3"),
+        ({"prompts": "thompson"}, "prompts must be a PromptSampler, got 'thompson'"),
+        ({"tokens": ZeroVariance()}, "tokens must be a TokenWeights"),
+        ({"advantages": HAPO()}, "advantages must be a Advantages"),
+        ({"temperature": 0.9}, "temperature must be a AdaptiveTemperature"),
+    ],
+)
+def test_parts_of_another_kind_are_refused(
+    tmp_path: Path, parts: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        RolloutSelection(make_grpo_trainer(tmp_path), **parts)
+
+
+def test_other_trainers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="trainer must be a TRL GRPOTrainer, got Trainer. For Tr"):
+        RolloutSelection(make_trainer(tmp_path))
+
+
+def test_a_second_callback_is_refused(tmp_path: Path) -> None:
+    trainer = make_grpo_trainer(tmp_path)
+    attach(trainer, gate=ZeroVariance())
+    with pytest.raises(ValueError, match="trainer must be one without a RolloutSelection"):
+        RolloutSelection(trainer)
+
+
+def test_a_callback_that_was_not_added_is_told(tmp_path: Path) -> None:
+    trainer = make_grpo_trainer(tmp_path)
+    RolloutSelection(trainer, gate=ZeroVariance())
+    with pytest.raises(ValueError, match="callback must be among the trainer's callbacks"):
+        trainer.train()
+
+
+def test_a_stream_has_no_problems_to_ask_for(tmp_path: Path) -> None:
+    trainer = make_grpo_trainer(tmp_path)
+    trainer.train_dataset = Dataset.from_list(make_problems((2, 2, 2, 2))).to_iterable_dataset()
+    with pytest.raises(ValueError, match="train_dataset must be one with row numbers for prompts="):
+        RolloutSelection(trainer, prompts=Thompson())
+
+
+def test_a_stream_can_be_gated(tmp_path: Path) -> None:
+    trainer = make_grpo_trainer(tmp_path, max_steps=1)
+    stream = Dataset.from_list(make_problems((2, 0, 4, 2))).to_iterable_dataset()
+    trainer.train_dataset = stream
+    trainer.accelerator.dataloader_config.dispatch_batches = False
+    attach(trainer, gate=ZeroVariance())
+    made = spy(trainer)
+    trainer.train()
+    assert len(rows(made[0])) == 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"model": {"attention_bias": True}}, None),
+        ({"use_transformers_continuous_batching": True}, "continuous batching"),
+    ],
+)
+def test_temperatures_need_the_trainers_own_generation(
+    tmp_path: Path, setting: dict[str, Any], message: str | None
+) -> None:
+    setting = dict(setting)
+    if "model" in setting:
+        setting["model"] = make_model(**setting["model"])
+    trainer = make_grpo_trainer(tmp_path, **setting)
+    if message is None:
+        RolloutSelection(trainer, temperature=AdaptiveTemperature())
+        return
+    with pytest.raises(ValueError, match=f"for temperature=, got {message}"):
+        RolloutSelection(trainer, temperature=AdaptiveTemperature())
+
+
+def test_temperatures_refuse_a_head_with_bias(tmp_path: Path) -> None:
+    model = make_model()
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(64))
+    trainer = make_grpo_trainer(tmp_path, model=model)
+    with pytest.raises(ValueError, match="a head without bias for temperature=, got a bias"):
+        RolloutSelection(trainer, temperature=AdaptiveTemperature())
+
+
+def test_images_are_refused_with_a_gate(tmp_path: Path) -> None:
+    trainer = make_grpo_trainer(tmp_path)
+    trainer.train_dataset = trainer.train_dataset.add_column("image", [None] * 8)
+    with pytest.raises(ValueError, match="train_dataset must be text only with a gate"):
+        RolloutSelection(trainer, gate=ZeroVariance())
+
+
+def test_a_shaped_outcome_is_refused_when_it_shows(tmp_path: Path) -> None:
+    """A single reward function may still return a shaped sum; that shows in its values."""
+    for parts in ({"gate": PassRateBand()}, {"prompts": Thompson()}):
+        trainer = make_grpo_trainer(tmp_path, max_steps=1, rewards=length_bonus)
+        attach(trainer, **parts)
+        with pytest.raises(ValueError, match=r"(reward|outcome) must be .*0 or 1.*got 0\.\d"):
+            trainer.train()
+
+
+def test_success_turns_a_score_into_an_outcome(tmp_path: Path) -> None:
+    trainer = make_grpo_trainer(tmp_path, max_steps=1, rewards=length_bonus)
+    callback = attach(trainer, prompts=Thompson(), success=0.35)
+    made = spy(trainer)
+    trainer.train()
+    wanted = [len(answer) - 1 > 3 for _, answer, _ in rows(made[0])]  # without the end of text
+    table = callback.prompt_table()
+    rate = [row["rate"] for row in table if row["visits"]]
+    assert 0 < sum(wanted) < 8
+    assert sum(rate) / 2 == pytest.approx((sum(wanted) / 2 + 1) / 6, abs=1e-6)
+
+
+def none_at_all(completions: list[str], **_: Any) -> Any:
+    return None
+
+
+def too_few(completions: list[str], **_: Any) -> Any:
+    return [1.0]
+
+
+def broken(completions: list[str], **_: Any) -> Any:
+    raise KeyError("no such answer")
+
+
+def slow(completions: list[str], **_: Any) -> Any:
+    time.sleep(30)
+
+
+async def slow_async(completions: list[str], **_: Any) -> Any:
+    await asyncio.sleep(30)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (none_at_all, "TypeError: None instead of one reward for each of 8 completions on rank 0"),
+        (too_few, "TypeError: 1 rewards instead of one reward for each of 8 completions"),
+        (broken, "KeyError: 'no such answer' on rank 0. Return None for a completion"),
+        (slow, "TimeoutError"),
+        (slow_async, "TimeoutError"),
+    ],
+)
+def test_reward_functions_that_fail_end_the_run(
+    tmp_path: Path, function: Any, message: str
+) -> None:
+    trainer = make_grpo_trainer(tmp_path, max_steps=1, rewards=function)
+    attach(trainer, gate=ZeroVariance(), reward_timeout=0.5)
+    began = time.perf_counter()
+    with pytest.raises(RuntimeError, match=f"'{function.__name__}' must return one.*{message}"):
+        trainer.train()
+    assert time.perf_counter() - began < 20
+
+
+def test_features_come_from_a_column(tmp_path: Path) -> None:
+    trainer = make_grpo_trainer(tmp_path, (0, 2, 4, 2), max_steps=1)
+    vectors = [[0.0, 1.0], [1.0, 0.0], [2.0, 2.0], [3.0, 1.0]]
+    trainer.train_dataset = trainer.train_dataset.add_column("hardness", vectors)
+    callback = attach(trainer, prompts=SharedDifficulty(features="hardness"))
+    trainer.train()
+    assert callback._maker.filler.pool._state["x"].shape == (4, 3)
+    for name, message in (("color", "features must be 'policy' or a column"), ("prompt", "vector")):
+        trainer = make_grpo_trainer(tmp_path, max_steps=1)
+        attach(trainer, prompts=SharedDifficulty(features=name))
+        with pytest.raises(ValueError, match=message):
+            trainer.train()
+
+
+def test_the_policy_embeds_its_prompts(tmp_path: Path) -> None:
+    """Last hidden state at the last token and its mean, without padding, for every prompt."""
+    from onlinesel.callbacks._grpo_prompts import embed_prompts
+
+    trainer = make_grpo_trainer(tmp_path, (2,) * 11)
+    found = embed_prompts(trainer)
+    assert trainer.model.training
+    for i in (0, 4, 10):
+        ids = trainer.processing_class(trainer.train_dataset[i]["prompt"])["input_ids"]
+        with torch.no_grad():
+            hidden = trainer.model.model(torch.tensor([ids])).last_hidden_state[0]
+        wanted = torch.cat([hidden[-1], hidden.mean(dim=0)])
+        torch.testing.assert_close(found[i], wanted, rtol=1e-4, atol=1e-5)
