@@ -21,18 +21,11 @@ on the noise (97 % of its rows).
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
-from multiprocessing import get_context, parent_process
-from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +35,7 @@ from onlinesel.report.summary import group_arms, reach, t_interval
 try:
     from onlinesel.recipes._arms import ARMS, Job, Result, run_job
     from onlinesel.recipes._warm import Start, WarmSettings, prepare
+    from onlinesel.recipes._workers import Workers, clear_runs
     from onlinesel.report.figures import headline_png
     from onlinesel.report.page import table_markdown, write_report
 except ImportError as error:
@@ -118,17 +112,12 @@ def run_demo(demo: Demo) -> Path:
         demo: What to run.
     """
     began = time.perf_counter()
-    context = get_context("spawn")
-    told: Queue[tuple[int, float]] = context.Queue()
-    with ProcessPoolExecutor(demo.workers, context, _begin, (told,)) as pool:
-        try:
-            for _ in range(demo.workers):
-                pool.submit(_idle)  # the workers import what they need while the model warms up
-            start = _prepare(demo, pool, began)
-            jobs = jobs_of(demo, start.folder)
-            _run_all(jobs, pool, told, began)
-        finally:  # also when interrupted: begin no further run
-            pool.shutdown(wait=False, cancel_futures=True)
+    with Workers[Job, Result](demo.workers, run_job) as workers:
+        start = _prepare(demo, workers, began)
+        jobs = jobs_of(demo, start.folder)
+        budgets = " or ".join(dict.fromkeys(f"{job.amount:g} {_UNITS[job.budget]}" for job in jobs))
+        print(f"Fine-tuning: {len(jobs)} runs of {budgets} each", flush=True)
+        workers.run(jobs, line=_line, doing=lambda job: f"{job.arm} ({job.budget})")
     runs = [read_run(job.folder) for job in jobs]
     page = write_report([job.folder for job in jobs], demo.output / "report.html", title=_TITLE)
     picture = headline_png(runs, demo.output / "headline.png")
@@ -139,95 +128,23 @@ def run_demo(demo: Demo) -> Path:
     return page
 
 
-def _prepare(demo: Demo, pool: ProcessPoolExecutor, began: float) -> Start:
+def _prepare(demo: Demo, workers: Workers[Job, Result], began: float) -> Start:
     """Return what all runs start from, and make room for them."""
     print("Preparing what all runs start from", flush=True)
     folder = demo.output / "start"
-    start, cached = prepare(demo.warm, folder, fresh=demo.fresh, each=pool.map)
+    start, cached = prepare(demo.warm, folder, fresh=demo.fresh, each=workers.map)
     source = f"from {start.folder} (--fresh builds it again)" if cached else "built"
     loss = start.facts["held_out_loss"]
     print(f"  {source}: held-out loss {loss:.3f}, {time.perf_counter() - began:.0f} s", flush=True)
-    _wipe(demo.output / "runs")
+    for budget in _UNITS:
+        clear_runs(demo.output / "runs" / budget, "demo")
     return start
 
 
-def _wipe(folder: Path) -> None:
-    """Remove the runs of an earlier demo, and nothing else that may lie there."""
-    for file in folder.glob("*/*/run.json"):
-        if json.loads(file.read_bytes()).get("recipe") == "demo":
-            shutil.rmtree(file.parent)
-
-
-def _run_all(
-    jobs: Sequence[Job], pool: ProcessPoolExecutor, told: Queue[tuple[int, float]], began: float
-) -> None:
-    """Run the jobs in the worker processes and tell how far they are."""
-    budgets = " or ".join(dict.fromkeys(f"{job.amount:g} {_UNITS[job.budget]}" for job in jobs))
-    print(f"Fine-tuning: {len(jobs)} runs of {budgets} each", flush=True)
-    futures = {pool.submit(_work, number, job): number for number, job in enumerate(jobs)}
-    shares: dict[int, float] = {}
-    waiting: set[Future[Result]] = set(futures)
-    while waiting:
-        done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-        while not told.empty():
-            number, share = told.get()
-            shares[number] = share
-        for future in done:
-            result = future.result()
-            shares.pop(futures[future], None)
-            over = f"[{len(jobs) - len(waiting)}/{len(jobs)}]"
-            _say(f"  {over} {_line(jobs[futures[future]], result, began)}\n")
-        # A last message may come after the result.
-        running = (_doing(jobs[number], share) for number, share in shares.items() if share < 1)
-        _say("  " + ", ".join(running), live=True)
-
-
-def _line(job: Job, result: Result, began: float) -> str:
+def _line(job: Job, result: Result, seconds: float) -> str:
     cost = f"{result.steps} steps, {result.cpu_seconds:.1f} CPU s"
-    clock = f"{time.perf_counter() - began:.0f} s"
     what = f"{job.arm}, equal {job.budget}, seed {job.seed}"
-    return f"{what}: held-out loss {result.loss:.3f} after {cost} (at {clock})"
-
-
-def _doing(job: Job, share: float) -> str:
-    return f"{job.arm} ({job.budget}) {100 * share:.0f} %"
-
-
-def _say(text: str, *, live: bool = False) -> None:
-    """Print a line over the live one, which only a terminal gets to see."""
-    if sys.stdout.isatty():
-        sys.stdout.write(f"\r\x1b[2K{text}")
-    elif not live:
-        sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-_told: Queue[tuple[int, float]] | None = None  # set in each worker process as it begins
-
-
-def _begin(told: Queue[tuple[int, float]]) -> None:
-    global _told
-    _told = told
-    # Ctrl-C ends a worker at once; else it would go on to the runs that it was handed already.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End this worker when the demo is gone: a pool that was killed leaves its workers behind."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _idle() -> None:
-    """Do nothing: what takes time is that the worker imports this module."""
-
-
-def _work(number: int, job: Job) -> Result:
-    assert _told is not None
-    return run_job(job, lambda share: _told.put((number, share)))
+    return f"{what}: held-out loss {result.loss:.3f} after {cost} (at {seconds:.0f} s)"
 
 
 def _notes(runs: Sequence[Run], start: Start) -> str:

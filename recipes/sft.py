@@ -18,12 +18,9 @@ Measured: what the methods gain and lose is in the header of :mod:`onlinesel.rec
 
 from __future__ import annotations
 
-import ast
-import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from onlinesel import When, strategies
@@ -32,7 +29,6 @@ from onlinesel.strategies import Uniform
 from onlinesel.types import Strategy
 
 try:
-    from datasets import load_dataset
     from transformers import AutoModelForCausalLM
     from trl import (
         DatasetMixtureConfig,
@@ -41,18 +37,18 @@ try:
         SFTConfig,
         SFTTrainer,
         TrlParser,
-        get_dataset,
         get_peft_config,
         get_quantization_config,
     )
 
     from onlinesel.callbacks.hf import OnlineSelection
+    from onlinesel.recipes._arguments import CommandLine
 except ImportError as error:
     raise ImportError('onlinesel.recipes.sft needs trl: pip install "onlinesel[trl]".') from error
 
 __all__ = ["SelectionArguments", "main", "make_strategy", "make_trainer"]
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_COMMAND = CommandLine("onlinesel sft")
 _RECORDED_ROWS = 20_000
 _RECORDED_CHARACTERS = 400
 
@@ -120,58 +116,14 @@ def make_strategy(options: SelectionArguments) -> Strategy:
         >>> make_strategy(SelectionArguments("TopLoss", selection_start=10)).active(9)
         False
     """
-    if options.strategy not in strategies.__all__:
-        _refuse(
-            "strategy", f"one of {', '.join(strategies.__all__)}", repr(options.strategy),
-            "Mind the capital letters; a method of your own runs through the Python API.",
-        )  # fmt: skip
-    kind = getattr(strategies, options.strategy)
-    values = _keywords(options.strategy_args, kind)
-    try:
-        strategy = kind(**values)
-    except TypeError as error:
-        _refuse(
-            "strategy_args", f"values that {options.strategy} takes", values, f"It says: {error}."
-        )
+    kinds = {name: getattr(strategies, name) for name in strategies.__all__}
+    strategy: Strategy = _COMMAND.build(
+        "strategy", kinds, options.strategy, options.strategy_args,
+        "Mind the capital letters; a method of your own runs through the Python API.",
+    )  # fmt: skip
     if options.selection_start == 0 and options.selection_stop is None:
         return strategy
     return When(strategy, options.selection_start, options.selection_stop, otherwise=Uniform())
-
-
-def _keywords(pairs: Sequence[str] | Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """Return ``name=value`` pairs as keyword arguments; YAML may give a mapping instead."""
-    allowed = [f.name for f in dataclasses.fields(kind) if f.init]
-    if not isinstance(pairs, Mapping):
-        split = [pair.partition("=") for pair in pairs]
-        for pair, (name, equals, _) in zip(pairs, split, strict=True):
-            if not equals:
-                _refuse(
-                    "strategy_args", "name=value pairs", repr(pair), f"Write {name}=VALUE."
-                )  # fmt: skip
-        names = [name for name, _, _ in split]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            _refuse("strategy_args", "different names", f"{twice!r} twice", "Give it once.")
-        pairs = {name: _value(text) for name, _, text in split}
-    for name in pairs:
-        if name not in allowed:
-            rule = f"among {', '.join(allowed)}" if allowed else "empty"
-            _refuse(
-                "strategy_args", f"{rule} for {kind.__name__}", repr(name),
-                f"help(onlinesel.strategies.{kind.__name__}) explains the method.",
-            )  # fmt: skip
-    return dict(pairs)
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text  # a bare word is a string: a shell eats quotes
-
-
-def _refuse(argument: str, rule: str, got: object, remedy: str) -> None:
-    raise ValueError(f"onlinesel sft: {argument} must be {rule}, got {got}. {remedy}")
 
 
 def make_trainer(
@@ -187,7 +139,7 @@ def make_trainer(
         ValueError: The arguments do not fit together; the message says what to change.
     """
     strategy = make_strategy(selection)  # before minutes are spent on model and data
-    dataset = _load_data(script, mixture)
+    dataset = _COMMAND.load_data(script, mixture)
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "trust_remote_code": training.trust_remote_code,
@@ -200,9 +152,11 @@ def make_trainer(
     trainer = SFTTrainer(
         model=model.model_name_or_path,
         args=training,
-        train_dataset=_split(dataset, script.dataset_train_split, "dataset_train_split"),
+        train_dataset=_COMMAND.split(dataset, script.dataset_train_split, "dataset_train_split"),
         eval_dataset=(
-            _split(dataset, script.dataset_test_split, "dataset_test_split") if evaluates else None
+            _COMMAND.split(dataset, script.dataset_test_split, "dataset_test_split")
+            if evaluates
+            else None
         ),
         peft_config=get_peft_config(model),
         **({} if quantization is None else {"quantization_config": quantization}),
@@ -225,34 +179,6 @@ def make_trainer(
     return trainer
 
 
-def _load_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> Any:
-    """Load what ``trl sft`` would, or a single file."""
-    if mixture.datasets:
-        return get_dataset(mixture)
-    if script.dataset_name is None:
-        _refuse(
-            "dataset_name", "a dataset of the Hub, a folder or a file", None,
-            "Or list `datasets:` in the file of --config.",
-        )  # fmt: skip
-    builder = _BUILDERS.get(Path(script.dataset_name).suffix)
-    if builder and Path(script.dataset_name).is_file():
-        files = {script.dataset_train_split: script.dataset_name}
-        return load_dataset(builder, data_files=files, streaming=script.dataset_streaming)
-    return load_dataset(
-        script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming
-    )
-
-
-def _split(dataset: Any, name: str, argument: str) -> Any:
-    if name not in dataset:
-        _refuse(
-            argument, f"one of the splits {', '.join(dataset)}", repr(name),
-            "A single file has only a training split: use a folder with train and test files, or "
-            "eval_strategy=no.",
-        )  # fmt: skip
-    return dataset[name]
-
-
 def _reference(
     selection: SelectionArguments, strategy: Strategy, trainer: Any, model: ModelConfig
 ) -> Any:
@@ -261,7 +187,7 @@ def _reference(
     if name is None or name == "adapter":
         return name
     if "reference_loss" not in strategy.needs:
-        _refuse(
+        _COMMAND.refuse(
             "reference", f"left out for {selection.strategy}", repr(name),
             "Only methods that compare with a reference, as RHOLoss does, take one.",
         )  # fmt: skip

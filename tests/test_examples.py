@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 LAST_LINE = {
+    "grpo_trainer": r"kept share of the groups: 0\.\d\d",
     "hf_trainer": r"selection/score_share: 0\.\d{3}",
     "own_strategy": r"kept: 0\.25",
 }

@@ -1,0 +1,188 @@
+"""What choosing problems gains in GRPO, on a CPU, in minutes: `make demo-grpo`.
+
+    onlinesel demo-grpo --seeds 1 --output runs/demo-grpo
+
+What it does: a small Llama practises on procedural problems and then learns from verifiable
+rewards, with TRL's ``GRPOTrainer``. Plain GRPO, DAPO's filter (drop groups without spread, generate
+again) and the balanced filter with the shared sampler are compared by their held-out reward, at
+equal CPU time, each at its own best prompts per step and learning rate. Two tasks: ``mixed``
+(trivial, learnable and impossible problems, easy to tell apart) and ``digits`` (sums of 1 to 6
+digits, of smoothly growing difficulty). It ends with a table and one page, ``report.html``, for
+each task. Practised models are kept in ``start/`` of the output folder; ``--fresh`` makes them again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onlinesel.report import read_run
+
+try:
+    from onlinesel.recipes._problems import TASKS
+    from onlinesel.recipes._rl_arms import ARMS, Job, Result, run_job
+    from onlinesel.recipes._rl_warm import RLStart, RLWarmSettings, prepare_rl
+    from onlinesel.recipes._workers import Workers, clear_runs
+    from onlinesel.report.figures import headline_png
+    from onlinesel.report.page import table_markdown, write_report
+except ImportError as error:
+    raise ImportError(
+        'onlinesel.recipes.demo_grpo needs TRL and the report: pip install "onlinesel[trl,report]".'
+    ) from error
+
+__all__ = ["GRPODemo", "jobs_of", "main", "run_demo"]
+
+_TITLES = {
+    "mixed": "GRPO on trivial, learnable and impossible problems",
+    "digits": "GRPO on sums of 1 to 6 digits",
+}
+
+
+@dataclass(frozen=True)
+class GRPODemo:
+    """What is run.
+
+    Args:
+        output: Folder of everything that is written.
+        seeds: Runs of each arm and task.
+        seconds: Budget of each run, in CPU seconds of training.
+        tasks: Names in :data:`onlinesel.recipes._problems.TASKS`.
+        arms: Names in :data:`onlinesel.recipes._rl_arms.ARMS`.
+        fresh: Practise again.
+        workers: Runs at a time, each in a process of its own with one thread.
+        practice: Most steps of practice; it usually ends earlier.
+    """
+
+    output: Path
+    seeds: int = 1
+    seconds: float = 40.0
+    tasks: tuple[str, ...] = tuple(TASKS)
+    arms: tuple[str, ...] = tuple(ARMS)
+    fresh: bool = False
+    workers: int = 2
+    practice: int = RLWarmSettings.limit
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "seconds", "workers"):
+            if getattr(self, name) <= 0:
+                raise ValueError(
+                    f"onlinesel demo-grpo: {name} must be above 0, got {getattr(self, name)}. "
+                    "Leave it out for the default."
+                )
+
+
+def jobs_of(demo: GRPODemo, starts: dict[str, Path]) -> list[Job]:
+    """Return the runs in the order in which they are begun."""
+    return [
+        Job(
+            arm,
+            task,
+            demo.seconds,
+            seed,
+            str(demo.output / task / "runs" / f"{_slug(arm)}-{seed}"),
+            str(starts[task]),
+        )
+        for seed in range(demo.seeds)
+        for task in demo.tasks
+        for arm in demo.arms
+    ]
+
+
+def _slug(arm: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in arm.lower()).strip("-")
+
+
+def run_demo(demo: GRPODemo) -> list[Path]:
+    """Run all arms on all tasks and return the pages about them.
+
+    Args:
+        demo: What to run.
+    """
+    began = time.perf_counter()
+    with Workers[Job, Result](demo.workers, run_job) as workers:
+        print("Practising, so that there is something to learn from", flush=True)
+        settings = [RLWarmSettings(task, limit=demo.practice) for task in demo.tasks]
+        folders = [demo.output / "start"] * len(settings)
+        made = workers.map(_prepare, settings, folders, [demo.fresh] * len(settings))
+        starts: dict[str, RLStart] = dict(zip(demo.tasks, made, strict=True))
+        for task, start in starts.items():
+            print(f"  {task}: {_practised(start)}", flush=True)
+            clear_runs(demo.output / task / "runs", "demo-grpo")
+        jobs = jobs_of(demo, {task: start.folder for task, start in starts.items()})
+        print(f"Learning: {len(jobs)} runs of {demo.seconds:g} CPU seconds each", flush=True)
+        workers.run(jobs, line=_line, doing=lambda job: f"{job.arm} ({job.task})")
+    pages = [_tell(demo, task, [job for job in jobs if job.task == task]) for task in demo.tasks]
+    print(f"All in {time.perf_counter() - began:.0f} s.", flush=True)
+    return pages
+
+
+def _prepare(settings: RLWarmSettings, folder: Path, fresh: bool) -> RLStart:
+    return prepare_rl(settings, folder, fresh=fresh)[0]
+
+
+def _practised(start: RLStart) -> str:
+    rates = ", ".join(f"{kind} {rate:.2f}" for kind, rate in start.facts["pass_rate"].items())
+    return f"share of sampled answers that are right: {rates}"
+
+
+def _line(job: Job, result: Result, seconds: float) -> str:
+    cost = f"{result.steps} steps, {result.rollouts} rollouts, {result.cpu_seconds:.1f} CPU s"
+    what = f"{job.task}, {job.arm}, seed {job.seed}"
+    return f"{what}: held-out reward {result.reward:.3f} after {cost} (at {seconds:.0f} s)"
+
+
+def _tell(demo: GRPODemo, task: str, jobs: Sequence[Job]) -> Path:
+    """Write page, picture and table about one task, and print the table."""
+    folder, runs = demo.output / task, [read_run(job.folder) for job in jobs]
+    page = write_report([job.folder for job in jobs], folder / "report.html", title=_TITLES[task])
+    picture = headline_png(runs, folder / "headline.png", axis="rollouts")
+    arms = {name: ARMS[name][task] for name in demo.arms}
+    listed = "; ".join(f"{n}: {a.prompts} prompts a step, rate {a.rate:g}" for n, a in arms.items())
+    table = f"{table_markdown(runs)}\n\nSettings: {listed}."
+    (folder / "table.md").write_text(table + "\n", "utf-8")
+    print(f"\n{_TITLES[task]}\n\n{table}\n\nPicture: {picture}\nReport:  {page}\n", flush=True)
+    return page
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="onlinesel demo-grpo",
+        description="Compare ways of choosing problems for GRPO, on this machine's CPU.",
+    )
+    seeds = int(os.environ.get("SEEDS", "1"))
+    add: Any = parser.add_argument
+    add("--seeds", type=int, default=seeds, help="runs of each arm (%(default)s)")
+    add("--output", type=Path, default=Path("runs/demo-grpo"), help="folder (%(default)s)")
+    add("--seconds", type=float, default=GRPODemo.seconds, help="CPU seconds a run (%(default)s)")
+    add("--tasks", nargs="+", choices=tuple(TASKS), default=tuple(TASKS), metavar="TASK",
+        help=f"among {', '.join(TASKS)}")  # fmt: skip
+    add("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS), metavar="ARM",
+        help=f"among {', '.join(ARMS)}")  # fmt: skip
+    add("--fresh", action="store_true", help="practise again")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo from the command line and return the exit status.
+
+    Args:
+        argv: Arguments without the program's name, or None for those of the process.
+    """
+    options = vars(_parser().parse_args(argv))
+    options["arms"], options["tasks"] = tuple(options["arms"]), tuple(options["tasks"])
+    try:
+        run_demo(GRPODemo(**options))
+    except KeyboardInterrupt:
+        sys.stderr.write("\nonlinesel demo-grpo: stopped; the next one begins its runs again.\n")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
