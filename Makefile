@@ -1,6 +1,6 @@
 # Each target sets up .venv on its first use (and again when pyproject.toml or constraints.txt
 # changed). Needs Python >= 3.11 with venv and pip; nothing is installed outside .venv.
-#   make demo SEEDS=5            PYTHON=python3.12 make test
+#   make demo SEEDS=5            make demo-grpo SEEDS=5            PYTHON=python3.12 make test
 # constraints.txt says how to take a torch without CUDA.
 PYTHON ?= python3
 SEEDS ?= 1
@@ -8,10 +8,11 @@ SEEDS ?= 1
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test check
+.PHONY: help demo demo-grpo test check
 
 help:
 	@echo "make demo   compare selection methods on a small model; leaves runs/demo/report.html (SEEDS=$(SEEDS))"
+	@echo "make demo-grpo  compare ways of choosing problems for GRPO; leaves runs/demo-grpo (SEEDS=$(SEEDS))"
 	@echo "make test   run every test"
 	@echo "make check  lint, check types, run the fast tests"
 
@@ -19,6 +20,11 @@ demo: $(INSTALLED)
 	@echo "== Demo: $(SEEDS) seed(s) on this machine's CPU, into runs/demo"
 	$(BIN)/python -m onlinesel.recipes.demo --seeds $(SEEDS) --output runs/demo
 	@echo "== Done. Open runs/demo/report.html"
+
+demo-grpo: $(INSTALLED)
+	@echo "== GRPO demo: $(SEEDS) seed(s) on this machine's CPU, into runs/demo-grpo"
+	$(BIN)/python -m onlinesel.recipes.demo_grpo --seeds $(SEEDS) --output runs/demo-grpo
+	@echo "== Done. Open runs/demo-grpo/mixed/report.html and runs/demo-grpo/digits/report.html"
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from onlinesel import strategies
+from onlinesel import rl, strategies
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -46,9 +46,10 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
     return blocks
 
 
-def methods_in_table(text: str) -> list[str]:
-    """Return the names in the first column of the table below the heading `## Methods`."""
-    section = re.search(r"^## Methods\s*$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+def methods_in_table(text: str, heading: str = "Methods") -> list[str]:
+    """Return the names in the first column of the table below a heading."""
+    start = rf"^## {re.escape(heading)}\b[^\n]*$(.*?)(?=^## |\Z)"
+    section = re.search(start, text, re.MULTILINE | re.DOTALL)
     return re.findall(r"^\| *`(\w+)` *\|", section[1], re.MULTILINE) if section else []
 
 
@@ -84,6 +85,11 @@ def test_the_readme_has_blocks_and_lists_every_method() -> None:
     text = README.read_text("utf-8")
     assert python_blocks(text) != []
     assert sorted(methods_in_table(text)) == sorted(strategies.__all__)
+    contract = {
+        "Advantages", "PreferenceTerms", "PreferenceTokens", "PreferenceWeights", "PromptPool",
+        "PromptSampler", "Rollouts", "TokenSignals", "TokenTerms", "TokenWeights",
+    }  # fmt: skip
+    assert sorted(methods_in_table(text, "GRPO")) == sorted(set(rl.__all__) - contract)
 
 
 def test_blocks_are_found_wherever_they_stand() -> None:

@@ -236,7 +236,7 @@ def loaded_beyond_torch(statement: str) -> set[str]:
 
 
 def test_importing_loads_torch_and_nothing_heavy() -> None:
-    packages = ("strategies", "kernels", "callbacks", "recipes")
+    packages = ("strategies", "rl", "kernels", "callbacks", "recipes")
     alone = loaded_beyond_torch("import onlinesel")
     together = loaded_beyond_torch("import " + ", ".join(f"onlinesel.{name}" for name in packages))
     assert "onlinesel" in alone & together
