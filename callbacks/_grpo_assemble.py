@@ -102,7 +102,7 @@ def assemble(
     parts += [{name: value.to(device) for name, value in part.items()} for part in others]
     parts += [mute(take(store.rows, [0]), [0])] * missing
     where = torch.tensor([*local, *foreign, *carried] + [-1] * missing)
-    return trim(join(parts, pad_id), multiple), where
+    return trim(join(parts, pad_id), multiple, pad_id), where
 
 
 def carry(filled: Filled, pad_id: int) -> list[Group]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from onlinesel.callbacks._grpo_assemble import assemble, carry, final_advantages
 from onlinesel.callbacks._grpo_checks import check_outcomes
 from onlinesel.callbacks._grpo_fill import Filled, Filler, Round
-from onlinesel.callbacks._grpo_rows import check, loss_mask
+from onlinesel.callbacks._grpo_rows import KL_FACTOR, Rows, check_text, loss_mask
 from onlinesel.callbacks._grpo_tokens import TokenTerm
 from onlinesel.callbacks._rows import ROW_ID
 from onlinesel.distributed import check_agreement, rank, world_size
@@ -85,7 +85,7 @@ class BatchMaker:
         filled = self.filler.fill(step)
         if self.parts["gate"] is not None or self.parts["rollouts"] is not None:
             for batch in filled.batches:
-                check(batch)
+                check_text(batch)
         made = self._assembled(filled)
         if filled.leftover and self.filler.refill.leftover == "carry":
             self.filler.carried = carry(filled, self.trainer._tokenizer.pad_token_id)
@@ -136,13 +136,25 @@ class BatchMaker:
         own = self.tokens.measure(self._log_probs, rows, self._gather)
         scores = None if own is None else self._scattered(own, where)
         values = final_advantages(filled.groups, trainer, self.parts["advantages"], scores)
+        factor = len(where) * world_size() / max(len(values), 1)
         if trainer.loss_type in _ROW_MEANS and len(values):
-            values = values * (len(where) * world_size() / len(values))
-        mine = torch.cat([values, values.new_zeros(1)])[where]  # -1, a muted row, is the zero
-        rows["advantages"] = mine.to(first["advantages"])
+            values = values * factor
+            if trainer.beta != 0.0 and factor != 1.0:
+                rows[KL_FACTOR] = torch.tensor(factor)
+        if self._as_it_was(filled, rows):
+            rows["advantages"] = first["advantages"]  # on a GPU the last bit may differ from ours
+        else:
+            mine = torch.cat([values, values.new_zeros(1)])[where]  # -1, a muted row, is the zero
+            rows["advantages"] = mine.to(first["advantages"])
         tokens = sum(int(group.lengths.sum()) for group in filled.groups)
         items = torch.full_like(first["num_items_in_batch"], tokens)
         return {**first, **rows, "num_items_in_batch": items}
+
+    def _as_it_was(self, filled: Filled, rows: Rows) -> bool:
+        """Return whether the batch is what the trainer made, and its advantages are wanted."""
+        untouched = rows["prompt_ids"] is filled.batches[0]["prompt_ids"]
+        weighed = any(bool((group.weights != 1).any()) for group in filled.groups)
+        return self.parts["advantages"] is None and untouched and not weighed
 
     def _scattered(self, own: Tensor, where: Tensor) -> Tensor:
         """Return the values of all ``K`` final rows from those of each rank's own."""

@@ -57,7 +57,7 @@ def check(trainer: Any, parts: Mapping[str, Any], outcome: str | None) -> int:
     for name, kind in _KINDS.items():
         if parts[name] is not None and not isinstance(parts[name], kind):
             raise TypeError(
-                f"RolloutSelection: {name} must be a {kind.__name__}, got {parts[name]!r}. "
+                f"RolloutSelection: {name} must be of type {kind.__name__}, got {parts[name]!r}. "
                 "See onlinesel.rl for what there is."
             )
     _check_trainer(trainer)
@@ -81,6 +81,16 @@ def _check_trainer(trainer: Any) -> None:
             "TRL", "a version with the parts this callback builds on",
             f"{trl.__version__} without {', '.join(moved)}",
             "Install the TRL that onlinesel's constraints.txt names.",
+        )  # fmt: skip
+    parallel = {n: getattr(trainer, f"get_{n}_size")() for n in ("tp", "cp", "sp")}
+    if max(parallel.values()) > 1:
+        refuse(
+            "tensor, context and sequence parallel sizes", "1", parallel, "Use data parallelism."
+        )
+    if trainer.args.auto_find_batch_size:
+        refuse(
+            "auto_find_batch_size", "off", True,
+            "A retried step would be chosen twice. Set the batch size yourself.",
         )  # fmt: skip
     for callback in trainer.callback_handler.callbacks:
         if type(callback).__name__ == "RolloutSelection":
@@ -114,10 +124,11 @@ def _check_groups(trainer: Any, parts: Mapping[str, Any]) -> None:
         )  # fmt: skip
     columns = getattr(trainer.train_dataset, "column_names", None) or ()
     images = [name for name in ("image", "images") if name in columns]
-    if images and (gate is not None or rollouts is not None):
+    asked = [name for name, part in parts.items() if part is not None and name != "prompts"]
+    if images and asked:
         refuse(
-            "train_dataset", "text only with a gate or rollouts", f"a column {images[0]!r}",
-            "Their rows cannot be told apart in a batch of images.",
+            "train_dataset", f"text only with {asked[0]}=", f"a column {images[0]!r}",
+            "Only prompts= works with images.",
         )  # fmt: skip
     if parts["refill"] is not None and gate is None:
         refuse("refill", "used with a gate", "no gate", "Pass gate=ZeroVariance().")
@@ -127,6 +138,7 @@ def _check_prompts(trainer: Any, parts: Mapping[str, Any]) -> None:
     asked = [name for name in ("prompts", "refill") if parts[name] is not None]
     if not asked:
         return
+    _check_engine(trainer, parts)
     dataset, groups = trainer.train_dataset, trainer.args.generation_batch_size
     groups //= trainer.num_generations
     if is_stream(dataset):
@@ -140,6 +152,25 @@ def _check_prompts(trainer: Any, parts: Mapping[str, Any]) -> None:
             "train_dataset", f"of at least {least} problems for batches of {groups}",
             f"{len(dataset)}", "Lower generation_batch_size, or use no refill.",
         )  # fmt: skip
+
+
+def _check_engine(trainer: Any, parts: Mapping[str, Any]) -> None:
+    """Refuse what sharded models and environments cannot do."""
+    embeds = getattr(parts["prompts"], "features", None) == "policy"
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    skips = parts["refill"] is not None and parts["refill"].on_short in ("skip", "replace")
+    for bad, argument, rule, got, remedy in (
+        (embeds and sharded, "features", "a column of the data set with FSDP and DeepSpeed",
+         "'policy'", "Embed the prompts beforehand, for example with the model before training."),
+        (embeds and trainer.environment_factories is not None, "features",
+         "a column of the data set with environments", "'policy'",
+         "Their prompts are only known while they are rolled out."),
+        (skips and trainer.is_deepspeed_enabled, "on_short", "partial, top_up or raise with "
+         "DeepSpeed", repr(parts["refill"].on_short) if skips else None,
+         "Its engine updates the weights before a step can be skipped."),
+    ):  # fmt: skip
+        if bad:
+            refuse(argument, rule, got, remedy)
 
 
 def _check_tokens(trainer: Any, parts: Mapping[str, Any]) -> None:

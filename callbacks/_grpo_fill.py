@@ -81,7 +81,9 @@ class Group:
     def take(self, rows: Tensor) -> Group:
         """Return the group with some of its completions only."""
         values = {n: getattr(self, n)[rows] for n in ("rewards", "outcome", "weights", "lengths")}
-        return replace(self, places=tuple(self.places[i] for i in rows.tolist()), **values)
+        places = tuple(self.places[i] for i in rows.tolist()) if self.places else ()
+        own = None if self.rows is None else {n: v[rows] for n, v in self.rows.items()}
+        return replace(self, places=places, rows=own, **values)
 
 
 @dataclass
@@ -162,7 +164,8 @@ class Filler:
         multiple = self._ranks // gcd(self._ranks, self._generations)
         missing = max(self._groups - len(kept), 1)
         count = -(-missing // multiple) * multiple
-        ids = None if self.pool is None else self.pool.propose(count)
+        waiting = torch.tensor([group.prompt for group in kept])
+        ids = None if self.pool is None else self.pool.propose(count, taken=waiting)
         kept += self._call(ids, filled, step)
         while self.further is not None:
             count = self.refill.ask(
@@ -192,11 +195,11 @@ class Filler:
         filled.batches.append(done.batch)
         prompts = torch.tensor([group.prompt for group in groups])
         successes, trials, _ = count_outcomes(*self._flat(groups))
-        for pool in {id(p): p for p in (self.pool, self.further) if p is not None}.values():
-            pool.observe(prompts, successes, trials, step=step)
+        if self.pool is not None:
+            self.pool.observe(prompts, successes, trials, step=step)
         groups = self._gated(groups, step)
         filled.scored += groups
-        return self._reduced([group for group in groups if group.kept], step)
+        return [group for group in groups if group.kept]
 
     def _split(self, done: Round, call: int, first: int) -> list[Group]:
         outcome = self._outcome(done.rewards)
@@ -234,13 +237,13 @@ class Filler:
         return [replace(group, weights=weight) for group, weight in pairs]
 
     def _reduced(self, groups: list[Group], step: int) -> list[Group]:
-        """Ask the rollout selection which completions of each group train."""
+        """Ask the rollout selection which completions of the groups train, as many in each."""
         if self.rollouts is None or not groups:
             return groups
         reward, number = self._flat(groups)
         signals = Signals(ids=torch.arange(len(reward)), reward=reward, group=number)
         chosen = self.rollouts.select(signals, step=step).weights.split(self._generations)
-        most = max(int((weights > 0).sum()) for weights in chosen)
+        most = max(1, *(int((weights > 0).sum()) for weights in chosen))
         reduced = []
         for group, weights in zip(groups, chosen, strict=True):
             # A completion without a reward fills up the number, with weight 0.
@@ -258,10 +261,14 @@ class Filler:
                 "batches in a row. Widen the gate, look at the reward function, or start from a "
                 "policy that solves some of the problems."
             )
-        filled.groups, filled.leftover = kept[: self._groups], kept[self._groups :]
-        filled.short = self._groups - len(filled.groups)
-        if not filled.short:
-            return filled
+        filled.leftover = kept[self._groups :]
+        filled.short = max(self._groups - len(kept), 0)
+        final = self._topped_up(filled, kept) if filled.short else kept[: self._groups]
+        filled.groups = self._reduced(final, step)
+        return filled
+
+    def _topped_up(self, filled: Filled, kept: list[Group]) -> list[Group]:
+        """Return what a short batch trains."""
         policy = self.refill.on_short
         if policy == "raise":
             raise ValueError(
@@ -273,6 +280,5 @@ class Filler:
         spread = torch.tensor([group.spread for group in rejected])
         mine, added = fill_up(policy, len(kept), spread, self._groups, self.generator)
         extra = [replace(rejected[i], weights=torch.ones(self._generations)) for i in added]
-        filled.groups = [kept[i] for i in mine] + self._reduced(extra, step)
-        filled.skip = not filled.groups and policy in ("skip", "replace")
-        return filled
+        filled.skip = not mine and not extra and policy in ("skip", "replace")
+        return [kept[i] for i in mine] + extra

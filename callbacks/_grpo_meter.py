@@ -17,6 +17,12 @@ __all__ = ["RolloutMeter"]
 _COUNTED = ("rollouts", "tokens", "rejected_tokens", "seconds", "cpu_seconds", "rows")
 
 
+def _binary(filled: Filled) -> bool:
+    """Whether outcomes are right or wrong, so that they can be counted."""
+    outcome = torch.cat([group.outcome for group in filled.scored])
+    return bool(((outcome == 0) | (outcome == 1) | torch.isnan(outcome)).all())
+
+
 class RolloutMeter:
     """Count generation batches and their cost.
 
@@ -34,11 +40,19 @@ class RolloutMeter:
         self.seconds = self.cpu_seconds = 0.0
 
     def start(self, resume_step: int | None, totals: dict[str, float], writes: bool) -> None:
-        """Begin a run, or go on with one whose ``totals`` a checkpoint remembers."""
+        """Begin a run, or go on with one whose ``totals`` a checkpoint remembers.
+
+        What was spent since :meth:`step_began`, on embedding the prompts, is part of a new run.
+        """
+        spent = (0.0, 0.0)
+        if self._began is not None and not totals:
+            wall, cpu = self._began
+            spent = time.perf_counter() - wall, time.process_time() - cpu
         self._means.drain()
         self._began = None
         for name in _COUNTED:
             setattr(self, name, totals.get(name, 0))
+        self.seconds, self.cpu_seconds = self.seconds + spent[0], self.cpu_seconds + spent[1]
         if self._record is None or not writes:
             return
         if isinstance(self._record, RunLog):
@@ -99,11 +113,12 @@ class RolloutMeter:
             "rollouts": filled.rollouts,
             "short": filled.short,
             "surplus": sum(group.kept for group in idle) / len(scored),
-            "too_easy": sum(rate > 0.5 for rate in dropped) / len(scored),
-            "too_hard": sum(rate <= 0.5 for rate in dropped) / len(scored),
             "unscorable": (len(rates) - len(known)) / len(scored),
             "rejected_token_share": wasted / max(filled.tokens, 1),
         }
+        if _binary(filled):
+            values["too_easy"] = sum(rate > 0.5 for rate in dropped) / len(scored)
+            values["too_hard"] = sum(rate <= 0.5 for rate in dropped) / len(scored)
         if known:
             values["outcome_all"] = sum(known) / len(known)
         if kept:
@@ -118,6 +133,7 @@ class RolloutMeter:
         known = [~torch.isnan(group.outcome) for group in filled.scored]
         trials = [int(mask.sum()) for mask in known]
         pairs = zip(filled.scored, known, trials, strict=True)
+        counts = _binary(filled)
         wall, cpu = self._so_far()
         log.generation(
             step=step,
@@ -128,7 +144,7 @@ class RolloutMeter:
             rejected_tokens=self.rejected_tokens,
             rounds=len(filled.batches),
             prompts=[group.prompt for group in filled.scored],
-            successes=[g.outcome[m].sum().item() if n else None for g, m, n in pairs],
+            successes=[g.outcome[m].sum().item() if n and counts else None for g, m, n in pairs],
             trials=trials,
             kept=[group.number in filled.training for group in filled.scored],
         )

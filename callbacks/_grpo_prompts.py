@@ -57,9 +57,10 @@ def embed_prompts(trainer: Any) -> Tensor:
         for start in range(0, share, size):
             prompts = [dataset[i]["prompt"] for i in mine[start : start + size]]
             ids, _, _ = trainer._tokenize_prompts(prompts)
-            parts.append(_embed(core.base_model, ids, trainer._tokenizer.pad_token_id))
-    own = torch.cat(parts)
-    return trainer.accelerator.gather(own)[:count].float().cpu()
+            own = _embed(core.base_model, ids, trainer._tokenizer.pad_token_id)
+            whole = trainer.accelerator.gather(own).cpu()
+            parts.append(whole.reshape(world_size(), -1, own.shape[1]))
+    return torch.cat(parts, dim=1).reshape(-1, parts[0].shape[2])[:count]
 
 
 def _embed(backbone: Any, ids: list[list[int]], pad_id: int) -> Tensor:

@@ -7,14 +7,15 @@ to that gather, and the others would wait for it until the process group gives u
 from __future__ import annotations
 
 import asyncio
-import inspect
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from torch import nn
+from trl.trainer.utils import is_async_callable
 
 from onlinesel.distributed import world_size
 
@@ -40,9 +41,7 @@ class RewardGuard:
         ]
 
     def _guarded(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-            getattr(function, "__call__", None)  # noqa: B004
-        ):
+        if is_async_callable(function):
 
             async def guarded_async(**kwargs: Any) -> Any:
                 try:
@@ -67,15 +66,21 @@ class RewardGuard:
 
         def timed(**kwargs: Any) -> Any:
             answer: Future[Any] = Future()
+            device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
             def call() -> None:
                 try:
+                    if device is not None:
+                        torch.cuda.set_device(device)  # a new thread begins on the first one
                     answer.set_result(function(**kwargs))
                 except Exception as error:  # handed to the thread that waits
                     answer.set_exception(error)
 
             threading.Thread(target=call, daemon=True).start()
-            return answer.result(self.timeout)
+            try:
+                return answer.result(self.timeout)
+            except TimeoutError as error:
+                raise TimeoutError(f"no answer within {self.timeout} seconds") from error
 
         return timed
 
@@ -85,6 +90,8 @@ class RewardGuard:
         if given is None or len(given) != expected:
             found = "None" if given is None else f"{len(given)} rewards"
             raise TypeError(f"{found} instead of one reward for each of {expected} completions")
+        # What cannot become a tensor would raise later, on this rank alone.
+        torch.tensor([torch.nan if value is None else float(value) for value in given])
         return given
 
     def _note(self, name: str, error: BaseException, kwargs: dict[str, Any]) -> list[None]:
@@ -105,6 +112,6 @@ class RewardGuard:
             for name, what in errors:
                 raise RuntimeError(
                     f"RolloutSelection: reward function '{name}' must return one reward for each "
-                    f"completion, got {what} on rank {rank}. Return None for a completion that "
-                    "cannot be scored."
+                    f"completion, got {what} on rank {rank}. Mend it; for a completion that cannot "
+                    "be scored it may return None."
                 ) from cause

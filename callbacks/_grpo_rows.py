@@ -14,10 +14,24 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["ENTROPY", "TEMPERATURE", "join", "loss_mask", "move", "mute", "take", "trim"]
+__all__ = [
+    "ENTROPY",
+    "KL_FACTOR",
+    "TEMPERATURE",
+    "check_text",
+    "join",
+    "loss_mask",
+    "move",
+    "mute",
+    "rows_of",
+    "take",
+    "trim",
+]
 
 ENTROPY = "onlinesel_entropy"
 TEMPERATURE = "onlinesel_temperature"
+KL_FACTOR = "onlinesel_kl_factor"
+"""Of a batch with muted rows, over all of whose rows the trainer takes the mean of its KL term."""
 
 Rows = dict[str, Tensor]
 
@@ -37,7 +51,7 @@ _RIGHT: dict[str, float | None] = {
 _PLAIN = ("advantages",)
 
 
-def check(batch: Mapping[str, Any]) -> None:
+def check_text(batch: Mapping[str, Any]) -> None:
     """Refuse batches with columns whose rows cannot be told apart here, as those of images."""
     known = (*_LEFT, *_RIGHT, *_PLAIN, "num_items_in_batch")
     other = sorted(name for name, value in batch.items() if name not in known and value is not None)
@@ -68,7 +82,7 @@ def take(batch: Rows, rows: Sequence[int] | Tensor) -> Rows:
 
 def _widened(value: Tensor, width: int, fill: float, left: bool) -> Tensor:
     missing = width - value.shape[1]
-    return pad(value, (missing, 0) if left else (0, missing), value=fill) if missing else value
+    return pad(value, (missing, 0) if left else (0, missing), value=fill) if missing > 0 else value
 
 
 def join(batches: Iterable[Rows], pad_id: int) -> Rows:
@@ -78,6 +92,8 @@ def join(batches: Iterable[Rows], pad_id: int) -> Rows:
         ValueError: They do not have the same columns.
     """
     parts = list(batches)
+    if len(parts) == 1:
+        return parts[0]
     for part in parts:
         if part.keys() != parts[0].keys():
             raise ValueError(
@@ -89,7 +105,8 @@ def join(batches: Iterable[Rows], pad_id: int) -> Rows:
     for name in parts[0]:
         values = [part[name] for part in parts]
         left, table = name in _LEFT, {**_LEFT, **_RIGHT}
-        if name in table and not (name == "importance_sampling_ratio" and values[0].shape[1] == 1):
+        whole = name == "importance_sampling_ratio" and all(v.shape[1] == 1 for v in values)
+        if name in table and not whole:  # a ratio of whole sequences has no width to fill
             own = table[name]
             fill = pad_id if own is None else own
             width = max(value.shape[1] for value in values)
@@ -98,18 +115,18 @@ def join(batches: Iterable[Rows], pad_id: int) -> Rows:
     return joined
 
 
-def trim(batch: Rows, multiple: int | None = None) -> Rows:
-    """Cut columns that are padding in every row, keeping widths a multiple of ``multiple``."""
+def trim(batch: Rows, multiple: int | None = None, pad_id: int = 0) -> Rows:
+    """Cut columns that are padding in every row, to widths that are multiples of ``multiple``."""
     result = dict(batch)
     for names, mask, left in ((_LEFT, "prompt_mask", True), (_RIGHT, "completion_mask", False)):
         used = batch[mask].bool().any(dim=0)
         used = used.flip(0) if left else used
         width = max(int(used.nonzero().max()) + 1 if bool(used.any()) else 0, 1)
-        if multiple:
-            width = min(-(-width // multiple) * multiple, used.shape[0])
+        width = -(-width // multiple) * multiple if multiple else width
         for name in names:
             if name in batch and batch[name].shape[1] == used.shape[0]:
-                value = batch[name]
+                value, fill = batch[name], names[name]
+                value = _widened(value, width, pad_id if fill is None else fill, left)
                 result[name] = value[:, value.shape[1] - width :] if left else value[:, :width]
     return result
 

@@ -34,24 +34,34 @@ READS: dict[str, tuple[str, ...]] = {
         r"self\._generate\(",
         r'"num_items_in_batch": num_items_in_batch',
         r'"advantages": advantages',
+        # The definition of advantages, which is needed again over the groups that train.
+        r"rewards - mean_grouped_rewards",
+        r"advantages / \(std_rewards \+ 1e-4\)",
+        r"\(grouped - mean_k\) / \(std_k \+ 1e-4\)",
     ),
     "_calculate_rewards": (r"self\.reward_funcs", r"gather\(rewards_per_func\)"),
+    "_tokenize_prompts": (r"return prompt_ids, images, multimodal_fields",),
     # The clip range and the advantages are read after the log-probabilities were computed.
     "_compute_loss": (
         r"(?s)self\._get_per_token_logps_and_entropies\(.*advantages = inputs\[\"advantages\"\]",
         r"(?s)self\._get_per_token_logps_and_entropies\(.*torch\.clamp\(coef_1, 1 - "
         r"self\.epsilon_low, 1 \+ self\.epsilon_high\)",
-        r'inputs\["num_items_in_batch"\]',
+        r'inputs\["num_items_in_batch"\]\.clamp\(min=1\.0\)',
+        # Means over the rows of a micro-batch, muted ones included.
+        r"mask\)\.sum\(-1\) / mask\.sum\(-1\)\.clamp\(min=1\.0\)\)\.mean\(\)",
+        r"per_token_loss\.size\(0\) \* self\.max_completion_length",
+        r"per_token_loss = per_token_loss \+ self\.beta \* per_token_kl",
     ),
     "_generate_single_turn": (r"unwrapped_model\.generate\(",),
 }
 """What the source of a method must contain for the wrapping to mean what it says."""
 
 ATTRIBUTES = (
-    "_step", "_buffered_inputs", "_tokenizer", "epsilon_low", "epsilon_high", "generation_config",
-    "loss_type", "max_completion_length", "multi_objective_aggregation", "num_generations",
-    "num_iterations", "pad_to_multiple_of", "reward_func_names", "reward_funcs", "reward_weights",
-    "scale_rewards", "temperature",
+    "_step", "_buffered_inputs", "_tokenizer", "beta", "environment_factories", "epsilon_low",
+    "epsilon_high", "importance_sampling_level", "loss_type", "max_completion_length",
+    "multi_objective_aggregation", "num_generations", "num_iterations", "pad_to_multiple_of",
+    "reward_func_names", "reward_funcs", "reward_weights", "rollout_func", "scale_rewards",
+    "temperature", "tools", "use_transformers_continuous_batching", "use_vllm",
 )  # fmt: skip
 """Attributes of a constructed trainer that are read or set."""
 

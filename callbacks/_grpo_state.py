@@ -75,9 +75,12 @@ def buffer_tensors(trainer: Any) -> dict[str, Tensor]:
     """Return the generation batch that the trainer is in the middle of; empty between two."""
     every = trainer.args.steps_per_generation * trainer.num_iterations
     state = {"step": torch.tensor(trainer._step)}
-    if trainer._step % every and trainer._buffered_inputs is not None:
-        for i, batch in enumerate(trainer._buffered_inputs):
-            columns = {n: v.cpu() for n, v in batch.items() if isinstance(v, Tensor)}
+    buffer = trainer._buffered_inputs or []
+    # Batches of images hold lists as well; a run with them begins a new batch, as TRL's own does.
+    whole = all(isinstance(v, Tensor) for batch in buffer for v in batch.values())
+    if trainer._step % every and whole:
+        for i, batch in enumerate(buffer):
+            columns = {name: value.cpu() for name, value in batch.items()}
             state |= prefixed(columns, f"buffer.{i}")
     return state
 

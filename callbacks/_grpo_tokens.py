@@ -145,7 +145,8 @@ class TokenTerm:
             offset += hidden.shape[0]
             # The token at position t is predicted from position t - 1.
             heat = pad(rows, (hidden.shape[1] - width - 1, 1), value=1.0)
-            output.last_hidden_state = hidden / heat[..., None].to(hidden)
+            # In bfloat16 the temperature itself would be rounded by as much as it changes.
+            output.last_hidden_state = (hidden.float() / heat[..., None]).to(hidden.dtype)
             return output
 
         handle = core.base_model.register_forward_hook(scale)

@@ -2,7 +2,8 @@
 
 A bare ``TrainerCallback`` never sees a generation batch, so this one takes the trainer and wraps a
 few bound methods **of that instance** (they are listed in ``_grpo_seams.py``); each calls the
-trainer's own and never repeats its code. :meth:`RolloutSelection.detach` puts everything back.
+trainer's own. Repeated is the definition of advantages alone, which is needed again over the final
+groups; a test holds it to the trainer's bits. :meth:`RolloutSelection.detach` puts everything back.
 
 - ``_generate_and_score_completions``: choose the problems, generate, let the gate decide, generate
   again at the same weights, and return as many rows on every rank;
@@ -20,23 +21,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from onlinesel.callbacks import _attach
-from onlinesel.callbacks._checkpoint import load_selection, save_selection
-from onlinesel.callbacks._grpo_batch import BatchMaker
-from onlinesel.callbacks._grpo_checks import check, refuse
-from onlinesel.callbacks._grpo_meter import RolloutMeter
-from onlinesel.callbacks._grpo_prompts import prompt_features
-from onlinesel.callbacks._grpo_rewards import RewardGuard
-from onlinesel.callbacks._grpo_state import (
-    buffer_tensors,
-    fill_tensors,
-    part,
-    prefixed,
-    restore_buffer,
-    restore_fill,
-)
-from onlinesel.callbacks._grpo_tokens import TokenTerm
-from onlinesel.callbacks._rows import NumberedRows
 from onlinesel.distributed import world_size
 from onlinesel.report.runlog import RunLog
 from onlinesel.rl.prompts import PromptPool, PromptSampler
@@ -49,6 +33,25 @@ from onlinesel.types import Strategy
 try:
     from accelerate.utils import broadcast_object_list
     from transformers import TrainerCallback
+
+    from onlinesel.callbacks import _attach
+    from onlinesel.callbacks._checkpoint import load_selection, save_selection
+    from onlinesel.callbacks._grpo_batch import BatchMaker
+    from onlinesel.callbacks._grpo_checks import check, refuse
+    from onlinesel.callbacks._grpo_meter import RolloutMeter
+    from onlinesel.callbacks._grpo_prompts import prompt_features
+    from onlinesel.callbacks._grpo_rewards import RewardGuard
+    from onlinesel.callbacks._grpo_rows import KL_FACTOR
+    from onlinesel.callbacks._grpo_state import (
+        buffer_tensors,
+        fill_tensors,
+        part,
+        prefixed,
+        restore_buffer,
+        restore_fill,
+    )
+    from onlinesel.callbacks._grpo_tokens import TokenTerm
+    from onlinesel.callbacks._rows import NumberedRows
 except ImportError as error:
     raise ImportError(
         'onlinesel.callbacks.grpo needs TRL: pip install "onlinesel[trl]".'
@@ -141,7 +144,7 @@ class RolloutSelection(TrainerCallback):
         }  # fmt: skip
         self.trainer, self.seed, self.success = trainer, seed, success
         self._outcome = check(trainer, self.parts, outcome)
-        self._idle = not any(part is not None for part in self.parts.values()) and record is None
+        self._idle = not any(p is not None for p in self.parts.values()) and record is None
         self._guard = RewardGuard(reward_timeout)
         self._tokens = TokenTerm(
             trainer, tokens, temperature, scores=bool(advantages and advantages.needs_scores)
@@ -221,9 +224,12 @@ class RolloutSelection(TrainerCallback):
     def _on__compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         call, training = self._call["_compute_loss"], self.trainer.model.training
         self._moved |= training and not self._skip
-        if not self._tokens.active or not training:
-            return call(model, inputs)
-        return self._tokens.loss(call, model, inputs)
+        factor = float(inputs.get(KL_FACTOR, 1.0))
+        # What the trainer divides by all rows, muted ones included, is made up for.
+        with _attach.overridden(self.trainer, {"beta": self.trainer.beta * factor}):
+            if not self._tokens.active or not training:
+                return call(model, inputs)
+            return self._tokens.loss(call, model, inputs)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let a skipped batch leave the weights as they are, momentum and decay included."""
@@ -250,12 +256,15 @@ class RolloutSelection(TrainerCallback):
         self.meter.evaluated(self.trainer.state.global_step, logs)
 
     def _facts(self) -> dict[str, Any]:
-        return {name: repr(part) for name, part in self.parts.items()} | {
+        return {name: repr(value) for name, value in self.parts.items()} | {
+            "num_generations": self.trainer.num_generations,
+            "num_iterations": self.trainer.num_iterations,
+            "steps_per_generation": self.trainer.args.steps_per_generation,
             "outcome": self._outcome,
             "success": self.success,
             "seed": self.seed,
             "strategy": ", ".join(
-                f"{name}={part!r}" for name, part in self.parts.items() if part is not None
+                f"{name}={value!r}" for name, value in self.parts.items() if value is not None
             ),
         }
 
@@ -267,6 +276,7 @@ class RolloutSelection(TrainerCallback):
                 "Write trainer.add_callback(RolloutSelection(trainer, ...)).",
             )  # fmt: skip
         if not self._idle:
+            self.meter.step_began()  # embedding the prompts is part of what choosing costs
             self._begin(kwargs.get("resume_from_checkpoint"))
         self._running = True
         try:
@@ -295,7 +305,9 @@ class RolloutSelection(TrainerCallback):
             further=further,
             seed=self.seed,
         )
-        self._tokens.statistics, self._tokens.heat = {}, None
+        if self.trainer._buffered_inputs is None:  # else a batch goes on that was begun before
+            self._tokens.statistics = {}
+        self._tokens.heat, self._skip, self._moved = None, bool(facts.get("skip", False)), False
         if found is not None:
             restore_fill(self._maker.filler, state)
             self._tokens.statistics = part(state, "statistics")
@@ -340,6 +352,7 @@ class RolloutSelection(TrainerCallback):
             "step": trainer.state.global_step,
             "world_size": world_size(),
             "totals": self.meter.totals(),
+            "skip": self._skip,
         }
         tensors = {name: value.detach().cpu() for name, value in tensors.items()}
         save_selection(output_dir, tensors, facts, rank=None, name=_NAME)

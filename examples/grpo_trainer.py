@@ -48,8 +48,7 @@ def main() -> None:
             max_steps=15, learning_rate=1e-3, beta=0.0, bf16=False, use_cpu=True, logging_steps=5,
             report_to=[], save_strategy="no", gradient_checkpointing=False, disable_tqdm=True,
         )  # fmt: skip
-        data = Dataset.from_list(rows)
-        trainer = GRPOTrainer(model, even, args, data, processing_class=tokenizer())
+        trainer = GRPOTrainer(model, even, args, Dataset.from_list(rows), None, tokenizer())
         parts = {"gate": PassRateBand(0.25, 0.75), "refill": Refill(), "prompts": Thompson()}
         trainer.add_callback(RolloutSelection(trainer, **parts))
         trainer.train()

@@ -233,7 +233,8 @@ def _embedded(training: GRPOConfig, options: RolloutArguments) -> GRPOTrainer:
             "task", f"one of {', '.join(TASKS)}", repr(options.task),
             "Or name a model and a data set.",
         )  # fmt: skip
-    start, cached = prepare_rl(RLWarmSettings(options.task), Path("runs") / "starts")
+    with training.main_process_first(desc="practice"):
+        start, cached = prepare_rl(RLWarmSettings(options.task), Path("runs") / "starts")
     if not cached:
         print(f"Practised sums; kept in {start.folder}.", flush=True)
     training.max_completion_length = start.task.tokens
@@ -338,10 +339,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     kinds = (ScriptArguments, GRPOConfig, ModelConfig, DatasetMixtureConfig, RolloutArguments)
     parser = TrlParser(kinds, prog="onlinesel grpo")
-    if not any(word.startswith(("--model_name_or_path", "--config")) for word in words):
-        parser.set_defaults(**_EMBEDDED)
+    parser.set_defaults(**_EMBEDDED)
+    parsed = parser.parse_args_and_config(args=words)
+    if parsed[2].model_name_or_path is not None:  # then TRL's own defaults
+        parsed = TrlParser(kinds, prog="onlinesel grpo").parse_args_and_config(args=words)
     try:
-        trainer = make_trainer(*parser.parse_args_and_config(args=words))
+        trainer = make_trainer(*parsed)
     except (ValueError, OSError, ImportError) as error:
         own = str(error).startswith("onlinesel grpo: ")
         sys.stderr.write(f"{'' if own else 'onlinesel grpo: '}{error}\n")

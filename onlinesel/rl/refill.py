@@ -24,13 +24,16 @@ class Refill:
     Args:
         max_rounds: Further generation calls for one batch, at the same weights.
         max_rollouts: Completions of one batch, the first call's included, beyond which no further
-            call is made; the first call itself is never cut; None
-            for no bound but the rounds.
-        on_short: What happens if the batch is still short. ``"partial"``: train on what was kept,
-            with the loss normalised over it. ``"replace"`` (Polaris): repeat kept groups at random
-            if more than a third of the batch was kept, else skip. ``"top_up"``: fill with rejected
-            groups, those of the most varied outcomes first. ``"skip"``: the weights stay as they
-            are in this step. ``"raise"``: stop with an error.
+            call is made; the first call itself is never cut. None for no bound but the rounds.
+        on_short: What happens if the batch is still short.
+            ``"partial"``: train on what was kept, with the loss normalised over it (``bnpo``, a
+            mean over each micro-batch, cannot be, and shrinks); with nothing kept the gradient is
+            0, but momentum and decay still move the weights.
+            ``"replace"`` (Polaris): repeat kept groups at random if more than a third of the batch
+            was kept, else skip.
+            ``"top_up"``: fill with rejected groups, those of the most varied outcomes first.
+            ``"skip"``: the weights stay as they are in this step.
+            ``"raise"``: stop with an error.
         leftover: Kept groups beyond a full batch are ``"discard"``-ed, or ``"carry"``-ed into the
             next batch, where they are one generation old and train as if the policy had just
             sampled them (unless the trainer keeps their old log-probabilities); never for longer.

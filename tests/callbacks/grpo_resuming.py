@@ -60,6 +60,10 @@ def cases() -> dict[str, dict[str, Any]]:
         "within-a-batch": {
             "tokens": HAPO(), **FULL, **sampled, "steps_per_generation": 2, "size": 8,
         },
+        "within-a-skip": {
+            "gate": ZeroVariance(), "refill": Refill(max_rounds=0, on_short="skip"),
+            "num_iterations": 2, "rights": (2, 1, 2, 3, 0, 0, 0, 4, 2, 1, 3, 2), "size": 16,
+        },
         "within-iterations": {"prompts": Thompson(), **FULL, **sampled, "num_iterations": 2},
     }  # fmt: skip
 
@@ -70,7 +74,7 @@ def train(folder: Path, name: str, resume: bool) -> tuple[Any, list[dict[str, An
     chosen = {key: options.pop(key) for key in parts if key in options}
     trainer = make_grpo_trainer(
         folder / name,
-        RIGHTS,
+        options.pop("rights", RIGHTS),
         per_device_train_batch_size=options.pop("size", 16) // world_size(),
         max_steps=STEPS,
         save_strategy="steps",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -56,7 +59,7 @@ def test_a_moved_part_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     sources = moved_seams(GRPOTrainer, sources=True)
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda self, model, inputs: None)
     found = [what for what in moved_seams(GRPOTrainer, sources=True) if what not in sources]
-    assert len(found) == 3 and all(what.endswith("in _compute_loss") for what in found)
+    assert len(found) == 6 and all(what.endswith("in _compute_loss") for what in found)
     trainer = make_grpo_trainer(tmp_path)
     del trainer.epsilon_low
     with pytest.raises(ValueError, match=r"TRL must be a version .* without attribute epsilon_low"):
@@ -120,12 +123,12 @@ def test_settings_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"gate": PassRateBand}, "gate must be a Strategy, got <class"),
-        ({"refill": 3}, "refill must be a Refill, got 3"),
-        ({"prompts": "thompson"}, "prompts must be a PromptSampler, got 'thompson'"),
-        ({"tokens": ZeroVariance()}, "tokens must be a TokenWeights"),
-        ({"advantages": HAPO()}, "advantages must be a Advantages"),
-        ({"temperature": 0.9}, "temperature must be a AdaptiveTemperature"),
+        ({"gate": PassRateBand}, "gate must be of type Strategy, got <class"),
+        ({"refill": 3}, "refill must be of type Refill, got 3"),
+        ({"prompts": "thompson"}, "prompts must be of type PromptSampler, got 'thompson'"),
+        ({"tokens": ZeroVariance()}, "tokens must be of type TokenWeights"),
+        ({"advantages": HAPO()}, "advantages must be of type Advantages"),
+        ({"temperature": 0.9}, "temperature must be of type AdaptiveTemperature"),
     ],
 )
 def test_parts_of_another_kind_are_refused(
@@ -201,11 +204,56 @@ def test_temperatures_refuse_a_head_with_bias(tmp_path: Path) -> None:
         RolloutSelection(trainer, temperature=AdaptiveTemperature())
 
 
-def test_images_are_refused_with_a_gate(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parts", [{"gate": ZeroVariance()}, {"tokens": HAPO()}])
+def test_images_are_refused_but_for_prompts(tmp_path: Path, parts: dict[str, Any]) -> None:
     trainer = make_grpo_trainer(tmp_path)
     trainer.train_dataset = trainer.train_dataset.add_column("image", [None] * 8)
-    with pytest.raises(ValueError, match="train_dataset must be text only with a gate"):
-        RolloutSelection(trainer, gate=ZeroVariance())
+    with pytest.raises(ValueError, match=r"train_dataset must be text only with (gate|tokens)="):
+        RolloutSelection(trainer, **parts)
+    RolloutSelection(trainer, prompts=Thompson())
+
+
+@pytest.mark.parametrize(
+    ("attribute", "parts", "message"),
+    [
+        ("is_fsdp_enabled", {"prompts": SharedDifficulty()}, "features must be a column of the da"),
+        ("is_deepspeed_enabled", {"prompts": SharedDifficulty()}, "features must be a column of"),
+        (
+            "is_deepspeed_enabled",
+            {"gate": ZeroVariance(), "refill": Refill(on_short="skip")},
+            "on_short must be partial, top_up or raise with DeepSpeed, got 'skip'",
+        ),
+    ],
+)
+def test_sharded_models_are_refused_where_they_would_fail(
+    tmp_path: Path, attribute: str, parts: dict[str, Any], message: str
+) -> None:
+    trainer = make_grpo_trainer(tmp_path)
+    setattr(trainer, attribute, True)
+    with pytest.raises(ValueError, match=message):
+        RolloutSelection(trainer, **parts)
+
+
+def test_asynchronous_rewards_are_awaited(tmp_path: Path) -> None:
+    """Also an object whose call is a coroutine, with some of its arguments bound."""
+
+    class Judge:
+        async def __call__(self, completions: list[str], bonus: float, **_: Any) -> list[float]:
+            await asyncio.sleep(0)
+            return [float(len(text.split()) % 2) + bonus for text in completions]
+
+    judge = functools.partial(Judge(), bonus=0.0)
+    trainer = make_grpo_trainer(tmp_path, max_steps=1, rewards=judge, known=False)
+    attach(trainer, gate=ZeroVariance())
+    made = spy(trainer)
+    trainer.train()
+    assert len(made) == 1
+
+
+def test_the_import_says_what_is_missing() -> None:
+    code = "import sys; sys.modules['trl'] = None; import onlinesel.callbacks.grpo"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert 'needs TRL: pip install "onlinesel[trl]"' in done.stderr.splitlines()[-1]
 
 
 def test_a_shaped_outcome_is_refused_when_it_shows(tmp_path: Path) -> None:
@@ -241,6 +289,10 @@ def broken(completions: list[str], **_: Any) -> Any:
     raise KeyError("no such answer")
 
 
+def words(completions: list[str], **_: Any) -> Any:
+    return ["good"] * len(completions)
+
+
 def slow(completions: list[str], **_: Any) -> Any:
     time.sleep(30)
 
@@ -254,8 +306,9 @@ async def slow_async(completions: list[str], **_: Any) -> Any:
     [
         (none_at_all, "TypeError: None instead of one reward for each of 8 completions on rank 0"),
         (too_few, "TypeError: 1 rewards instead of one reward for each of 8 completions"),
-        (broken, "KeyError: 'no such answer' on rank 0. Return None for a completion"),
-        (slow, "TimeoutError"),
+        (broken, "KeyError: 'no such answer' on rank 0. Mend it; for a completion"),
+        (words, "ValueError: could not convert string to float"),
+        (slow, "TimeoutError: no answer within 0.5 seconds"),
         (slow_async, "TimeoutError"),
     ],
 )

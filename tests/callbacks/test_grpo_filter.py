@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from onlinesel import Chain
-from onlinesel.rl import PassRateBand, Refill, UniformPrompts, ZeroVariance
+from onlinesel.rl import (
+    PassRateBand,
+    Refill,
+    SharedDifficulty,
+    UniformPrompts,
+    ZeroVariance,
+)
 from onlinesel.rl.max_variance import MaxVariance
 from tests.callbacks.grpo_hosts import (
     attach,
@@ -21,6 +29,7 @@ from tests.callbacks.grpo_hosts import (
     spy,
     weights,
 )
+from tests.callbacks.hosts import make_model, make_tokenizer
 
 NAN = float("nan")
 MIXED = (2, 1, 3)
@@ -35,6 +44,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "bnpo": {"loss_type": "bnpo"},
     "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
     "vespo": {"loss_type": "vespo"},
+    "sapo": {"loss_type": "sapo"},
     "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
     "batch-scale": {"scale_rewards": "batch"},
     "no-scale": {"scale_rewards": "none"},
@@ -88,7 +98,9 @@ def test_a_refilled_batch_is_a_run_on_the_kept_problems(tmp_path: Path, name: st
     assert_same_step(found, wanted)
 
 
-@pytest.mark.parametrize("name", ["dapo", "grpo", "dr_grpo", "cispo", "batch-scale", "objectives"])
+@pytest.mark.parametrize(
+    "name", ["dapo", "grpo", "dr_grpo", "cispo", "vespo", "sapo", "batch-scale", "objectives"]
+)
 @pytest.mark.parametrize("slices", [1, 2])
 def test_a_partial_batch_is_a_run_on_the_kept_problems(
     tmp_path: Path, name: str, slices: int
@@ -265,3 +277,96 @@ def test_gates_combine_like_other_strategies(tmp_path: Path) -> None:
     *_, batch = step(tmp_path, (1, 2, 3), {"gate": gate})
     assert {round(abs(row[2]), 2) for row in rows(batch)} == {0.87}
     assert len(rows(batch)) == 4
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
+def test_muted_rows_take_nothing_from_the_kl_term(tmp_path: Path, loss_type: str) -> None:
+    """One group of four trains in a batch of twelve rows, six of which each slice must hold."""
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    found = []
+    for rights, options in (((0, 2, 4), {"gate": ZeroVariance()}), ((2,), None)):
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+        with torch.no_grad():
+            model.lm_head.weight[3] += 0.5  # the policy has left its reference
+        size = 1 if options is None else 3
+        trainer = make_grpo_trainer(
+            tmp_path, rights, model=model, beta=0.7, loss_type=loss_type, max_steps=1,
+            per_device_train_batch_size=4 * size // 4, steps_per_generation=4,
+            gradient_accumulation_steps=4,
+        )  # fmt: skip
+        trainer.train_dataset = trainer.train_dataset.select([0] if size == 1 else [0, 1, 2])
+        if options is None:  # the same problem alone
+            data = make_grpo_trainer(tmp_path, (0, 2, 4)).train_dataset
+            trainer.train_dataset = data.select([1])
+        else:
+            attach(trainer, **options)
+        before = weights(trainer)
+        trainer.train()
+        found.append(before - weights(trainer))
+    assert (found[0] - found[1]).norm() / found[1].norm() < 1e-5
+
+
+def test_other_rewards_than_right_and_wrong_can_be_gated_and_refilled(tmp_path: Path) -> None:
+    """Nobody counts successes of rewards of -1 and 1 but those who asked for a sampler."""
+
+    def signed(completions: list[str], **kwargs: Any) -> list[float]:
+        return [2.0 * value - 1.0 for value in outcome(completions, **kwargs)]
+
+    signed.__name__ = "outcome"
+    options = {"gate": ZeroVariance(1e-6), "refill": Refill(max_rounds=30)}
+    *_, batch = step(tmp_path, (0, 2, 4, 1, 0, 3), options, rewards=signed)
+    assert len(rows(batch)) == 12
+
+
+def test_groups_of_fewer_scored_completions_are_cut_to_one_size(tmp_path: Path) -> None:
+    """The first call keeps a group with two scored completions, the second one whole groups."""
+
+    def partly(completions: list[str], rights: list[float], **kwargs: Any) -> list[float | None]:
+        values = outcome(completions, rights=rights, **kwargs)
+        return [
+            None if right == 1 and text.split()[0] in ("w12", "w13") else value
+            for text, right, value in zip(completions, rights, values, strict=True)
+        ]
+
+    partly.__name__ = "outcome"
+    options = {"gate": ZeroVariance(), "refill": Refill(), "rollouts": MaxVariance(3)}
+    *_, batch = step(tmp_path, (1, 0, 4, 2, 3, 2), options, rewards=partly)
+    found = rows(batch)
+    assert len(found) == 9
+    assert sum(value == 0 for *_, value in found) == 1  # the one without a reward
+
+
+def test_a_lora_policy_is_gated_and_weighed(tmp_path: Path) -> None:
+    moved = []
+    for rights in ((2, 0, 4, 1), (2, 1)):
+        trainer = make_grpo_trainer(
+            tmp_path, rights, model=make_model(lora=True), max_steps=1,
+            per_device_train_batch_size=4 * len(rights),
+        )  # fmt: skip
+        if len(rights) == 2:
+            data = make_grpo_trainer(tmp_path, (2, 0, 4, 1)).train_dataset
+            trainer.train_dataset = data.select([0, 3])
+        else:
+            attach(trainer, gate=ZeroVariance())
+        before = weights(trainer)
+        trainer.train()
+        moved.append(before - weights(trainer))
+    assert (moved[0] - moved[1]).norm() / moved[1].norm() < 1e-5
+
+
+def test_embedding_the_prompts_is_part_of_the_cost(tmp_path: Path) -> None:
+    trainer = make_grpo_trainer(tmp_path, (2,) * 20, max_steps=1)
+    callback = attach(trainer, prompts=SharedDifficulty())
+    embed, spent = callback._pool, []
+
+    def timed(*args: Any) -> Any:
+        began = time.perf_counter()
+        made = embed(*args)
+        time.sleep(0.3)
+        spent.append(time.perf_counter() - began)
+        return made
+
+    callback._pool = timed  # type: ignore[method-assign]
+    trainer.train()
+    assert callback.meter.seconds > spent[0] >= 0.3
