@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from datasets import load_dataset
-from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_dataset
 
 __all__ = ["CommandLine"]
 
@@ -98,6 +99,33 @@ class CommandLine:
         return load_dataset(
             script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming
         )
+
+    def loading(self, training: Any, model: ModelConfig) -> dict[str, Any]:
+        """Return the keyword arguments with which the trainer loads the model."""
+        return {
+            "revision": model.model_revision,
+            "trust_remote_code": training.trust_remote_code,
+            "attn_implementation": model.attn_implementation,
+            "dtype": model.dtype,
+            **(training.model_init_kwargs or {}),
+        }
+
+    def run(self, make: Callable[[], Any]) -> int:
+        """Make the trainer, train, save; return 0, or 2 if the arguments cannot be followed."""
+        try:
+            trainer = make()
+        except (ValueError, OSError, ImportError) as error:
+            own = str(error).startswith(f"{self.name}: ")
+            sys.stderr.write(f"{'' if own else self.name + ': '}{error}\n")
+            return 2
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        trainer.save_model(trainer.args.output_dir)
+        trainer.accelerator.print(f"Model saved to {trainer.args.output_dir}.")
+        if trainer.args.push_to_hub:
+            trainer.push_to_hub()
+        if hasattr(trainer, "end"):  # transformers >= 5.18: closes trackers and the process group
+            trainer.end()
+        return 0
 
     def split(self, dataset: Any, name: str, argument: str) -> Any:
         """Return one split of the data."""

@@ -256,13 +256,7 @@ def _from_hub(
     options: RolloutArguments,
 ) -> GRPOTrainer:
     dataset = _COMMAND.load_data(script, mixture)
-    training.model_init_kwargs = {
-        "revision": model.model_revision,
-        "trust_remote_code": training.trust_remote_code,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **(training.model_init_kwargs or {}),
-    }
+    training.model_init_kwargs = _COMMAND.loading(training, model)
     evaluates = training.eval_strategy != "no"
     train = _COMMAND.split(dataset, script.dataset_train_split, "dataset_train_split")
     test = _COMMAND.split(dataset, script.dataset_test_split, "dataset_test_split") if (
@@ -343,20 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args_and_config(args=words)
     if parsed[2].model_name_or_path is not None:  # then TRL's own defaults
         parsed = TrlParser(kinds, prog="onlinesel grpo").parse_args_and_config(args=words)
-    try:
-        trainer = make_trainer(*parsed)
-    except (ValueError, OSError, ImportError) as error:
-        own = str(error).startswith("onlinesel grpo: ")
-        sys.stderr.write(f"{'' if own else 'onlinesel grpo: '}{error}\n")
-        return 2
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    trainer.save_model(trainer.args.output_dir)
-    trainer.accelerator.print(f"Model saved to {trainer.args.output_dir}.")
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
-    if hasattr(trainer, "end"):  # transformers >= 5.18: closes trackers and the process group
-        trainer.end()
-    return 0
+    return _COMMAND.run(lambda: make_trainer(*parsed))
 
 
 if __name__ == "__main__":

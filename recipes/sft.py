@@ -140,13 +140,7 @@ def make_trainer(
     """
     strategy = make_strategy(selection)  # before minutes are spent on model and data
     dataset = _COMMAND.load_data(script, mixture)
-    training.model_init_kwargs = {
-        "revision": model.model_revision,
-        "trust_remote_code": training.trust_remote_code,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **(training.model_init_kwargs or {}),
-    }
+    training.model_init_kwargs = _COMMAND.loading(training, model)
     quantization = get_quantization_config(model)
     evaluates = training.eval_strategy != "no"
     trainer = SFTTrainer(
@@ -229,20 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     kinds = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, SelectionArguments)
     parser = TrlParser(kinds, prog="onlinesel sft")
-    try:
-        trainer = make_trainer(*parser.parse_args_and_config(args=argv))
-    except (ValueError, OSError, ImportError) as error:
-        own = str(error).startswith("onlinesel sft: ")
-        sys.stderr.write(f"{'' if own else 'onlinesel sft: '}{error}\n")
-        return 2
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    trainer.save_model(trainer.args.output_dir)
-    trainer.accelerator.print(f"Model saved to {trainer.args.output_dir}.")
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
-    if hasattr(trainer, "end"):  # transformers >= 5.18: closes trackers and the process group
-        trainer.end()
-    return 0
+    return _COMMAND.run(lambda: make_trainer(*parser.parse_args_and_config(args=argv)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from onlinesel import Chain
+from onlinesel import Chain, Selection, Signals, Strategy
 from onlinesel.rl import (
     PassRateBand,
     Refill,
@@ -270,6 +271,24 @@ def test_max_variance_trains_half_of_each_group(tmp_path: Path) -> None:
     # Mean and deviation are those of the two that train: (1, 0) gives +- 0.7071.
     assert sorted(abs(row[2]) for row in found) == pytest.approx([0.707] * 6, abs=1e-3)
     assert int(batch["num_items_in_batch"]) == sum(len(answer) for _, answer, _ in found)
+
+
+@dataclass(frozen=True)
+class AtMostOneRight(Strategy):
+    """A user's gate."""
+
+    needs = ("reward", "group")
+
+    def select(self, signals: Signals, state: Any, **_: Any) -> Any:
+        reward, group = signals.require(self, "reward"), signals.require(self, "group")
+        right = torch.zeros(int(group.max()) + 1).index_add(0, group, reward)
+        return Selection((right <= 1)[group].float()), state
+
+
+def test_a_gate_of_ones_own_is_a_few_lines(tmp_path: Path) -> None:
+    *_, batch = step(tmp_path, (1, 2, 4), {"gate": AtMostOneRight()})
+    assert [value > 0 for *_, value in rows(batch)].count(True) == 1
+    assert len(rows(batch)) == 4
 
 
 def test_gates_combine_like_other_strategies(tmp_path: Path) -> None:
