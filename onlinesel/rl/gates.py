@@ -64,8 +64,8 @@ class ZeroVariance(Strategy):
     Cost: none. What it saves is the backward pass of the dropped groups; their completions were
     generated all the same. It saves rollouts only together with a prompt sampler.
 
-    When it loses: in rollouts. On the demo's two tasks it took 150 and 102 % of plain training's for
-    the same held-out reward (``recipes/results/demo_grpo_cpu_5_seeds.md``).
+    When it loses: in rollouts. On the demo's two tasks it took 150 and 102 % of plain training's
+    for the same held-out reward (``recipes/results/demo_grpo_cpu_5_seeds.md``).
 
     If nothing qualifies: every weight is 0, and the refill's policy decides. A group with fewer
     than two scorable completions has no spread.

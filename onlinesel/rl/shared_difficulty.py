@@ -31,9 +31,9 @@ problems got 82 % of 60 simulated batches without a ``rest``; with 2,000 problem
 mixed. Where difficulty grows smoothly, a target of one half stays on the easy end; ``target=None``
 gained there what the target lost (``recipes/results/demo_grpo_cpu_5_seeds.md``).
 
-Measured: to plain GRPO's best held-out reward with 32 ± 9 % of its rollouts and 39 ± 15 % of its time
-on the demo's task of trivial, learnable and impossible problems, 76 ± 11 % and 84 ± 14 % on its task
-of sums of 1 to 6 digits.
+Measured: to plain GRPO's best held-out reward with 32 ± 9 % of its rollouts and 39 ± 15 % of its
+time on the demo's task of trivial, learnable and impossible problems, 76 ± 11 % and 84 ± 14 % on
+its task of sums of 1 to 6 digits.
 
 If nothing is known: draws are wide, so the choice is close to uniform.
 """
