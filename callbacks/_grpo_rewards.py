@@ -95,6 +95,7 @@ class RewardGuard:
         return given
 
     def _note(self, name: str, error: BaseException, kwargs: dict[str, Any]) -> list[None]:
+        """Keep an error for :meth:`check`, which all ranks reach, and score nothing until then."""
         self._errors.append((name, error))
         return [None] * len(kwargs["completions"])
 

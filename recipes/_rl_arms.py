@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ class Job:
         folder: Its run directory.
         start: Folder of the practised model.
         looks: Held-out evaluations, at equal shares of the budget.
+        prompts: Groups that train in a step, instead of the arm's own.
+        rate: Learning rate, instead of the arm's own.
     """
 
     arm: str
@@ -75,6 +77,13 @@ class Job:
     folder: str
     start: str
     looks: int = 20
+    prompts: int | None = None
+    rate: float | None = None
+
+    def settings(self) -> Arm:
+        """Return the arm as this run trains it."""
+        arm = ARMS[self.arm][self.task]
+        return replace(arm, prompts=self.prompts or arm.prompts, rate=self.rate or arm.rate)
 
 
 @dataclass(frozen=True)
@@ -150,7 +159,7 @@ def run_job(job: Job, tell: Tell = lambda share: None) -> Result:
     set_verbosity_error()
     disable_progress_bar()
     torch.set_num_threads(1)
-    start, arm = load_rl_start(Path(job.start)), ARMS[job.arm][job.task]
+    start, arm = load_rl_start(Path(job.start)), job.settings()
     set_seed(job.seed)
     problems = pool(start.task)
     with RunLog(job.folder) as record:

@@ -66,6 +66,8 @@ class GRPODemo:
         fresh: Practise again.
         workers: Runs at a time, each in a process of its own with one thread.
         practice: Most steps of practice; it usually ends earlier.
+        prompts: Groups that train in a step, instead of each arm's own.
+        rate: Learning rate, instead of each arm's own.
     """
 
     output: Path
@@ -76,10 +78,12 @@ class GRPODemo:
     fresh: bool = False
     workers: int = 2
     practice: int = RLWarmSettings.limit
+    prompts: int | None = None
+    rate: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "seconds", "workers"):
-            if getattr(self, name) <= 0:
+        for name in ("seeds", "seconds", "workers", "prompts", "rate"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(
                     f"onlinesel demo-grpo: {name} must be above 0, got {getattr(self, name)}. "
                     "Leave it out for the default."
@@ -96,6 +100,8 @@ def jobs_of(demo: GRPODemo, starts: dict[str, Path]) -> list[Job]:
             seed,
             str(demo.output / task / "runs" / f"{_slug(arm)}-{seed}"),
             str(starts[task]),
+            prompts=demo.prompts,
+            rate=demo.rate,
         )
         for seed in range(demo.seeds)
         for task in demo.tasks
@@ -151,7 +157,7 @@ def _tell(demo: GRPODemo, task: str, jobs: Sequence[Job]) -> Path:
     folder, runs = demo.output / task, [read_run(job.folder) for job in jobs]
     page = write_report([job.folder for job in jobs], folder / "report.html", title=_TITLES[task])
     picture = headline_png(runs, folder / "headline.png", axis="rollouts")
-    arms = {name: ARMS[name][task] for name in demo.arms}
+    arms = {job.arm: job.settings() for job in jobs}
     listed = "; ".join(f"{n}: {a.prompts} prompts a step, rate {a.rate:g}" for n, a in arms.items())
     table = f"{table_markdown(runs)}\n\nSettings: {listed}."
     (folder / "table.md").write_text(table + "\n", "utf-8")
@@ -173,6 +179,8 @@ def _parser() -> argparse.ArgumentParser:
         help=f"among {', '.join(TASKS)}")  # fmt: skip
     add("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS), metavar="ARM",
         help=f"among {', '.join(ARMS)}")  # fmt: skip
+    add("--prompts", type=int, help="groups that train in a step (each arm's own)")
+    add("--rate", type=float, help="learning rate (each arm's own)")
     add("--fresh", action="store_true", help="practise again")
     return parser
 

@@ -52,6 +52,15 @@ def test_the_demo_ends_with_pages_and_tables(
     assert "[2/2]" in printed and table.strip() in printed
 
 
+def test_a_sweep_sets_prompts_and_rate() -> None:
+    demo = GRPODemo(Path("out"), arms=("DAPO's filter",), prompts=4, rate=1e-3)
+    arm = ARMS["DAPO's filter"]["mixed"]
+    settings = jobs_of(demo, {task: Path(task) for task in demo.tasks})[0].settings()
+    assert (settings.prompts, settings.rate, settings.parts) == (4, 1e-3, arm.parts)
+    own = jobs_of(GRPODemo(Path("out")), {task: Path(task) for task in demo.tasks})
+    assert all(job.settings() == ARMS[job.arm][job.task] for job in own)
+
+
 def test_an_interrupt_is_a_line_and_status_130(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,7 +72,7 @@ def test_an_interrupt_is_a_line_and_status_130(
     assert "stopped" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["seeds", "seconds", "workers"])
+@pytest.mark.parametrize("name", ["seeds", "seconds", "workers", "prompts", "rate"])
 def test_budgets_of_nothing_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"onlinesel demo-grpo: {name} must be above 0, got 0"):
         GRPODemo(Path("out"), **{name: 0})
