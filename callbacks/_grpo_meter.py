@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from onlinesel.callbacks._grpo_fill import Filled
-from onlinesel.callbacks._meter import Means
+from onlinesel.callbacks._meter import Meter
 from onlinesel.report.runlog import RunLog
 
 __all__ = ["RolloutMeter"]
@@ -23,21 +22,13 @@ def _binary(filled: Filled) -> bool:
     return bool(((outcome == 0) | (outcome == 1) | torch.isnan(outcome)).all())
 
 
-class RolloutMeter:
-    """Count generation batches and their cost.
+class RolloutMeter(Meter):
+    """Count generation batches and their cost."""
 
-    Args:
-        record: Folder or open record in which every batch is written down, or None.
-        facts: Entries of ``run.json``, used if ``record`` is a folder.
-    """
-
-    def __init__(self, record: str | Path | RunLog | None, facts: dict[str, Any]) -> None:
-        self._record, self._facts = record, facts
-        self._log: RunLog | None = None
-        self._means = Means()
-        self._began: tuple[float, float] | None = None
-        self.rollouts = self.tokens = self.rejected_tokens = self.rows = 0
-        self.seconds = self.cpu_seconds = 0.0
+    _began: tuple[float, float] | None = None
+    seconds: float
+    cpu_seconds: float
+    rollouts = tokens = rejected_tokens = 0
 
     def start(self, resume_step: int | None, totals: dict[str, float], writes: bool) -> None:
         """Begin a run, or go on with one whose ``totals`` a checkpoint remembers.
@@ -52,14 +43,9 @@ class RolloutMeter:
         self._began = None
         for name in _COUNTED:
             setattr(self, name, totals.get(name, 0))
-        self.seconds, self.cpu_seconds = self.seconds + spent[0], self.cpu_seconds + spent[1]
-        if self._record is None or not writes:
-            return
-        if isinstance(self._record, RunLog):
-            self._log = self._record
-            return
-        self._log = RunLog(self._record, resume_step=resume_step)
-        self._log.start(**self._facts)
+        self.seconds += spent[0]
+        self.cpu_seconds += spent[1]
+        self.open(resume_step, writes)
 
     def totals(self) -> dict[str, float]:
         """Return what must survive a checkpoint."""
@@ -170,9 +156,3 @@ class RolloutMeter:
     def drain(self) -> dict[str, float]:
         """Return the means since the last call, under ``rollouts/``, and forget them."""
         return {f"rollouts/{name}": value for name, value in self._means.drain().items()}
-
-    def stop(self) -> None:
-        """Close the record."""
-        if self._log is not None:
-            self._log.close()
-            self._log = None

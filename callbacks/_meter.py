@@ -13,7 +13,7 @@ from onlinesel.report.runlog import RunLog
 from onlinesel.selector import describe
 from onlinesel.step import StepPlan
 
-__all__ = ["Means", "StepMeter"]
+__all__ = ["Means", "Meter", "StepMeter"]
 
 
 class Means:
@@ -37,8 +37,8 @@ class Means:
         return result
 
 
-class StepMeter:
-    """Collect the decisions and times of the steps.
+class Meter:
+    """What the meters of all trainers share: means for the log, and the record of a run.
 
     Args:
         record: Where every decision is written down: a folder, a :class:`RunLog` that the caller
@@ -50,18 +50,15 @@ class StepMeter:
         self._record, self._facts = record, facts
         self._log: RunLog | None = None
         self._means = Means()
-        self._plan: StepPlan | None = None
         self.seconds = self.cpu_seconds = 0.0
-        self.rows = self.candidates = 0
+        self.rows = 0
 
-    def start(self, resume_step: int | None, writes: bool) -> None:
-        """Begin a run; ``writes`` on the one process that keeps the record.
+    def open(self, resume_step: int | None, writes: bool) -> None:
+        """Open the record, where there is one; ``writes`` on the one process that keeps it.
 
         ``resume_step`` is None unless a checkpoint is resumed: a folder that holds a run already is
         then refused rather than emptied.
         """
-        self._means.drain()
-        self._plan = None
         if self._record is None or not writes:
             return
         if isinstance(self._record, RunLog):
@@ -69,6 +66,25 @@ class StepMeter:
             return
         self._log = RunLog(self._record, resume_step=resume_step)
         self._log.start(**self._facts)
+
+    def stop(self) -> None:
+        """Close the record."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+
+class StepMeter(Meter):
+    """Collect the decisions and times of the steps."""
+
+    _plan: StepPlan | None = None
+    candidates = 0
+
+    def start(self, resume_step: int | None, writes: bool) -> None:
+        """Begin a run, with the record as :meth:`open` does."""
+        self._means.drain()
+        self._plan = None
+        self.open(resume_step, writes)
 
     def fetch(self) -> None:
         """Note that a step begins, with the loading of its candidates."""
@@ -142,9 +158,3 @@ class StepMeter:
         result["score_share"] = result["score_seconds"] / whole
         result["break_even"] = 1.0 - result["score_share"]
         return {f"selection/{name}": value for name, value in result.items()}
-
-    def stop(self) -> None:
-        """Close the record."""
-        if self._log is not None:
-            self._log.close()
-            self._log = None
