@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from onlinesel.callbacks._rows import ROW_ID
+from onlinesel.rows import ROW_ID
 from onlinesel.scoring import CausalLMScorer
 from onlinesel.step import SCOPES
 from onlinesel.types import Strategy

@@ -13,9 +13,9 @@ from onlinesel.callbacks._grpo_checks import check_outcomes
 from onlinesel.callbacks._grpo_fill import Filled, Filler, Round
 from onlinesel.callbacks._grpo_rows import KL_FACTOR, Rows, check_text, loss_mask
 from onlinesel.callbacks._grpo_tokens import TokenTerm
-from onlinesel.callbacks._rows import ROW_ID
 from onlinesel.distributed import check_agreement, rank, world_size
 from onlinesel.rl.prompts import PromptPool
+from onlinesel.rows import ROW_ID
 from onlinesel.selector import Selector
 
 __all__ = ["BatchMaker"]

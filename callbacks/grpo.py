@@ -51,7 +51,7 @@ try:
         restore_fill,
     )
     from onlinesel.callbacks._grpo_tokens import TokenTerm
-    from onlinesel.callbacks._rows import NumberedRows
+    from onlinesel.rows import NumberedRows
 except ImportError as error:
     raise ImportError(
         'onlinesel.callbacks.grpo needs TRL: pip install "onlinesel[trl]".'

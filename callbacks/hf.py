@@ -25,9 +25,9 @@ from onlinesel.callbacks import _attach
 from onlinesel.callbacks._checkpoint import load_selection, save_selection
 from onlinesel.callbacks._loss import LossTap, tapped_loss
 from onlinesel.callbacks._meter import StepMeter
-from onlinesel.callbacks._rows import ROW_ID, CarryColumns, NumberedRows, PlanSampler, content_ids
 from onlinesel.distributed import gather_signals
 from onlinesel.report.runlog import RunLog
+from onlinesel.rows import ROW_ID, CarryColumns, NumberedRows, PlanSampler, content_ids
 from onlinesel.scoring import CausalLMScorer, evaluating
 from onlinesel.selector import Selector
 from onlinesel.step import StepPlan, StepPlanner

@@ -183,7 +183,7 @@ VIOLATIONS = [
     (wrong_imports, "onlinesel.cli", "import onlinesel.callbacks.hf"),
     (wrong_imports, "onlinesel.callbacks.lightning", "from onlinesel.callbacks.hf import x"),
     (wrong_imports, "onlinesel.callbacks.hf", "from onlinesel.callbacks.grpo import x"),
-    (wrong_imports, "onlinesel.callbacks._rows", "from onlinesel.callbacks.hf import x"),
+    (wrong_imports, "onlinesel.callbacks._attach", "from onlinesel.callbacks.hf import x"),
     (wrong_imports, "onlinesel.scoring", "from transformers import Trainer"),
     (wrong_imports, "onlinesel.scoring", "import triton"),
     (wrong_imports, "onlinesel.cli", "import matplotlib.pyplot as plt"),
@@ -202,7 +202,7 @@ VIOLATIONS = [
 INNOCENT = [
     (wrong_imports, "onlinesel.strategies.uds", "from onlinesel.weights import rescale"),
     (wrong_imports, "onlinesel.callbacks.grpo", "import trl\nfrom onlinesel.callbacks.hf import x"),
-    (wrong_imports, "onlinesel.callbacks.hf", "from onlinesel.callbacks import _rows"),
+    (wrong_imports, "onlinesel.callbacks.hf", "from onlinesel.callbacks import _attach"),
     (wrong_imports, "onlinesel.cli", "from onlinesel.recipes import demo"),
     (wrong_imports, "onlinesel.kernels._fused", "import math\nimport triton.language as tl"),
     (wrong_imports, "onlinesel.recipes.demo", "from onlinesel.callbacks.hf import x"),

@@ -112,7 +112,7 @@ def content_ids(batch: Mapping[str, Any]) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from onlinesel.callbacks._rows import content_ids
+        >>> from onlinesel.rows import content_ids
         >>> rows, mask = torch.tensor([[4, 5, 0], [0, 4, 5]]), torch.tensor([[1, 1, 0], [0, 1, 1]])
         >>> ids = content_ids({"input_ids": rows, "attention_mask": mask})
         >>> bool(ids[0] == ids[1])
