@@ -18,6 +18,7 @@ __all__ = [
     "count_labels",
     "deal",
     "gather_rows",
+    "is_causal",
     "left_padded",
     "mute_rows",
     "rows_in",
@@ -188,12 +189,30 @@ def mute_rows(batch: Batch, rows: Tensor) -> dict[str, Any]:
     return result
 
 
+def is_causal(batch: Batch) -> bool:
+    """Return whether a batch is that of a causal language model: one integer label a token."""
+    if "shift_labels" in batch:
+        return True
+    labels, tokens = batch.get("labels"), batch.get("input_ids")
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 2:
+        return False
+    return tokens is None or tokens.shape == labels.shape
+
+
 def count_labels(batch: Batch) -> Tensor:
     """Return the number of tokens with a loss in each row of a causal batch: ``(N,)`` int64.
 
     The first label of a row has nothing that predicts it and does not count, unless the batch
     holds ``shift_labels``, which are aligned already.
+
+    Raises:
+        ValueError: The batch has no labels.
     """
+    if "labels" not in batch and "shift_labels" not in batch:
+        raise ValueError(
+            f"count_labels: batch must hold 'labels', got {sorted(batch)}. Let the collator "
+            "give the labels of a causal language model, -100 where no loss is taken."
+        )
     labels = batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:]
     return labels.ne(IGNORED_LABEL).sum(dim=1)
 

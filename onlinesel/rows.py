@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-__all__ = ["ROW_ID", "CarryColumns", "NumberedRows", "PlanSampler", "content_ids"]
+__all__ = [
+    "FILLER_ID",
+    "GROUP",
+    "ROW_ID",
+    "CarryColumns",
+    "NumberedRows",
+    "PlanSampler",
+    "content_ids",
+]
 
 ROW_ID = "onlinesel_row_id"
 """Key under which ids ride in features and batches."""
+
+GROUP = "onlinesel_group"
+"""Key under which the source or domain of each row rides, if it has one."""
+
+FILLER_ID = -(2**63)
+"""Id of a row that only keeps its rank in step with the others: it never competes nor trains."""
 
 
 class NumberedRows(Dataset[Any]):
@@ -92,7 +106,7 @@ class PlanSampler(Sampler[int]):
         plan: ``epoch -> (n,)`` row numbers, of the same length for every epoch.
     """
 
-    def __init__(self, plan: Callable[[int], Tensor]) -> None:
+    def __init__(self, plan: Callable[[int], Any]) -> None:
         self.plan = plan
         self.epoch = 0
         self._length = plan(0).shape[0]
@@ -105,10 +119,11 @@ class PlanSampler(Sampler[int]):
 
 
 def content_ids(batch: Mapping[str, Any]) -> Tensor:
-    """Return ids made from the tokens and labels of each row: ``(N,)`` int64.
+    """Return ids made from the content of each row: ``(N,)`` int64.
 
-    Equal rows have equal ids, wherever and whenever they occur; padding does not count. Used where
-    rows have no stable number, as in streams.
+    Equal rows have equal ids, wherever and whenever they occur. Used where rows have no stable
+    number, as in streams. With ``input_ids`` the tokens and labels count, and padding does not;
+    other batches are hashed over all their tensors.
 
     Example:
         >>> import torch
@@ -118,14 +133,26 @@ def content_ids(batch: Mapping[str, Any]) -> Tensor:
         >>> bool(ids[0] == ids[1])
         True
     """
+    if "input_ids" not in batch:
+        tensors = [v.detach().cpu() for v in batch.values() if isinstance(v, Tensor) and v.dim()]
+        return _digests(b"".join(_bytes(t[row]) for t in tensors) for row in range(len(tensors[0])))
     tokens = batch["input_ids"].cpu()
     mask = batch.get("attention_mask")
     masks = torch.ones_like(tokens) if mask is None or mask.dim() != 2 else mask.cpu()
     labels = batch["labels"].cpu() if "labels" in batch else tokens
-    digests = []
-    for row, targets, keep in zip(tokens, labels, masks, strict=True):
-        pair = torch.stack([row[keep != 0], targets[keep != 0]]).to(torch.int64)
-        content = pair.numpy().tobytes()
-        digest = hashlib.blake2b(content, digest_size=8).digest()
-        digests.append(int.from_bytes(digest, "little", signed=True))
-    return torch.tensor(digests, dtype=torch.int64)
+    if labels.shape != tokens.shape:  # one label a row, as in classification
+        labels = labels.reshape(len(tokens), -1)[:, :1].expand_as(tokens)
+    pairs = (
+        torch.stack([row[keep != 0], targets[keep != 0]]).to(torch.int64)
+        for row, targets, keep in zip(tokens, labels, masks, strict=True)
+    )
+    return _digests(map(_bytes, pairs))
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _digests(contents: Iterable[bytes]) -> Tensor:
+    digests = (hashlib.blake2b(content, digest_size=8).digest() for content in contents)
+    return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests])

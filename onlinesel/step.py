@@ -25,8 +25,10 @@ from onlinesel.distributed import (
     rank,
     sum_over_ranks,
 )
+from onlinesel.rows import FILLER_ID
 from onlinesel.selector import Selector
 from onlinesel.types import Selection, Signals
+from onlinesel.weights import Weighing, total_weight
 
 __all__ = ["SCOPES", "StepPlan", "StepPlanner"]
 
@@ -35,6 +37,9 @@ SCOPES = ("global", "rank", "batch")
 Batch = dict[str, Any]
 Place = tuple[int, int]
 """(micro-batch, row) of a candidate."""
+
+Decision = tuple[Signals, Selection]
+"""What was decided about which candidates."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class StepPlan:
         weights: ``(n,)`` weight of each row of each micro-batch; 0 for a row that only keeps the
             rank in step with the others (its labels are -100).
         ids: ``(n,)`` int64 ids of those rows.
+        counts: ``(n,)`` labelled tokens of those rows; None where each row is one item.
         denominator: Scalar ``D`` of the loss contract over all ranks; 1 where nothing has weight,
             so that the loss is 0 and not 0 / 0.
         normalize: ``"tokens"`` or ``"samples"``.
@@ -56,9 +62,10 @@ class StepPlan:
     batches: list[Batch]
     weights: list[Tensor]
     ids: list[Tensor]
+    counts: list[Tensor | None]
     denominator: Tensor
     normalize: str
-    decisions: list[tuple[Signals, Selection]]
+    decisions: list[Decision]
     seconds: float
 
     def multipliers(self, index: int) -> Tensor | None:
@@ -66,11 +73,20 @@ class StepPlan:
 
         None means 1 for every row that has labels left: the host's own loss is exact as it is.
         """
-        weights = self.weights[index]
-        if self.normalize == "samples":
-            counts = count_labels(self.batches[index]).to(weights.device)
+        weights, counts = self.weights[index], self.counts[index]
+        if self.normalize == "samples" and counts is not None:
             return torch.where(counts > 0, weights / counts.clamp(min=1), 0.0)
         return None if bool(((weights == 1) | (weights == 0)).all()) else weights
+
+    def weighing(self, index: int, factor: float = 1.0) -> Weighing:
+        """Return what turns the row or token losses of a micro-batch into its part of the loss.
+
+        Args:
+            index: Number of the micro-batch.
+            factor: What the engine divides the gradient by afterwards.
+        """
+        weights, counts = self.weights[index], self.counts[index]
+        return Weighing(weights, counts, self.denominator, self.normalize, factor)
 
 
 @dataclass(frozen=True)
@@ -106,6 +122,7 @@ class StepPlanner:
         normalize: ``"tokens"`` or ``"samples"``.
         pad_id: Token that pads ``input_ids`` where rows of different width meet.
         device: Where collectives need their tensors.
+        count: Labelled tokens of each row of a batch, or None for a batch of whole items.
     """
 
     def __init__(
@@ -118,6 +135,7 @@ class StepPlanner:
         normalize: str = "tokens",
         pad_id: int = 0,
         device: torch.device | str = "cpu",
+        count: Callable[[Batch], Tensor | None] = count_labels,
     ) -> None:
         self.selector = selector
         self._score = score
@@ -126,83 +144,106 @@ class StepPlanner:
         self._normalize = normalize
         self._pad_id = pad_id
         self._device = device
+        self._count = count
         self._warned = False
 
-    def plan(self, batches: Sequence[Batch], ids: Sequence[Tensor], step: int) -> StepPlan:
+    def plan(
+        self,
+        batches: Sequence[Batch],
+        ids: Sequence[Tensor],
+        step: int,
+        groups: Sequence[Tensor] | None = None,
+    ) -> StepPlan:
         """Decide about the candidates of one step.
 
         Args:
             batches: This rank's candidate micro-batches, without ids.
-            ids: ``(n,)`` int64 ids of their rows.
+            ids: ``(n,)`` int64 ids of their rows; rows of ``FILLER_ID`` are not candidates.
             step: Optimizer step, counted from 0.
+            groups: ``(n,)`` int64 source or domain of their rows, for strategies that need it.
         """
         start = time.perf_counter()
         needs = self.selector.strategy.needs_at(step)
         signals = [
-            self._signals(batch, row_ids, needs)
-            for batch, row_ids in zip(batches, ids, strict=True)
+            self._signals(batch, ids[m], None if groups is None else groups[m], needs)
+            for m, batch in enumerate(batches)
         ]
         if self._scope == "batch":
-            decisions = [(s, self._select(s, step)) for s in signals]
-            weights = [d.weights for _, d in decisions]
-            parts = [[(m, int(r)) for r in d.rows] for m, (_, d) in enumerate(decisions)]
+            chosen = [self._select(s, step) for s in signals]
+            decisions = [d for found, _ in chosen for d in found]
+            weights = [w for _, w in chosen]
+            parts = [[(m, int(r)) for r in w.nonzero()] for m, w in enumerate(weights)]
             share = _Share(list(batches), list(ids), weights, parts)
         else:
-            decision, share = self._compete(batches, ids, signals, step)
-            decisions = [decision]
+            decisions, share = self._compete(batches, ids, signals, step)
         built = [self._build(share, signals, part) for part in range(len(batches))]
         new_batches, new_weights, new_ids = (list(column) for column in zip(*built, strict=True))
+        counts = [self._counted(batch) for batch in new_batches]
         return StepPlan(
             new_batches,
             new_weights,
             new_ids,
-            self._denominator(new_batches, new_weights),
+            counts,
+            self._denominator(new_weights, counts),
             self._normalize,
             decisions,
             time.perf_counter() - start,
         )
 
-    def _signals(self, batch: Batch, ids: Tensor, needs: Sequence[str]) -> Signals:
-        """Score one micro-batch; tokens and ids are known without a forward."""
+    def _counted(self, batch: Batch) -> Tensor | None:
+        counts = self._count(batch)
+        return None if counts is None else counts.cpu()
+
+    def _signals(
+        self, batch: Batch, ids: Tensor, groups: Tensor | None, needs: Sequence[str]
+    ) -> Signals:
+        """Score one micro-batch; tokens, ids and groups are known without a forward."""
         size = rows_in(batch, "StepPlanner")
-        if "labels" not in batch and "shift_labels" not in batch:
-            raise ValueError(
-                f"StepPlanner: batch must hold 'labels', got {sorted(batch)}. Let the collator "
-                "give the labels of a causal language model, -100 where no loss is taken."
-            )
-        wanted = [name for name in needs if name not in ("ids", "tokens")]
-        found = dict(self._score(batch, wanted).present()) if wanted else {}
+        counts = self._counted(batch)
         if ids.shape[0] != size:
             raise ValueError(
                 f"StepPlanner: ids must have one entry per row ({size}), got {ids.shape[0]}. "
                 "The collator merges or splits rows: turn packing and padding-free batches off."
             )
-        found.update(ids=ids.cpu(), tokens=count_labels(batch).cpu())
-        return Signals(**{name: value.cpu() for name, value in found.items()})
+        known = {"ids": ids, "tokens": torch.ones_like(ids) if counts is None else counts}
+        if groups is not None:
+            known["group"] = groups
+        wanted = [name for name in needs if name not in known]
+        found = dict(self._score(batch, wanted).present()) if wanted else {}
+        return Signals(**{name: value.cpu() for name, value in (found | known).items()})
 
-    def _select(self, signals: Signals, step: int) -> Selection:
-        keep = -(-signals.size // self._candidates)
-        selection = self.selector.select(signals, keep=keep, step=step)
+    def _select(self, signals: Signals, step: int) -> tuple[list[Decision], Tensor]:
+        """Decide about the rows that are candidates; returns the weights of all rows as well."""
+        real = signals.row_ids() != FILLER_ID
+        weights = torch.zeros(signals.size)
+        if not bool(real.any()):
+            return [], weights
+        pool = signals if bool(real.all()) else signals.take(real)
+        keep = -(-pool.size // self._candidates)
+        selection = self.selector.select(pool, keep=keep, step=step)
         if selection.weights.dim() != 1:
             raise ValueError(
                 "StepPlanner: weights must be one per row, got shape "
                 f"{tuple(selection.weights.shape)}. Token weights belong to the RL hosts."
             )
+        self._warn_if_many(selection, pool.size, keep)
+        return [(pool, selection)], weights.masked_scatter(real, selection.weights)
+
+    def _warn_if_many(self, selection: Selection, size: int, keep: int) -> None:
         kept = selection.rows.numel()
         if self._candidates > 1 and kept > keep and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{kept} of {signals.size} candidates train where {keep} were asked for: "
+                f"{kept} of {size} candidates train where {keep} were asked for: "
                 f"{self.selector.strategy} does not drop rows down to one in "
                 f"{self._candidates}, and a step needs more memory. Use candidates=1 with methods "
                 "that only weigh, and When(..., otherwise=Uniform()).",
                 stacklevel=2,
             )
-        return selection
 
     def _compete(
         self, batches: Sequence[Batch], ids: Sequence[Tensor], signals: Sequence[Signals], step: int
-    ) -> tuple[tuple[Signals, Selection], _Share]:
+    ) -> tuple[list[Decision], _Share]:
         """Let all candidates of the scope compete, and give each rank as many winners."""
         names = signals[0].present()
         local = Signals(**{name: torch.cat([s.present()[name] for s in signals]) for name in names})
@@ -210,12 +251,12 @@ class StepPlanner:
         pool, counts = local, [local.size]
         if self._scope == "global":
             pool, counts = gather_signals(local, self._device)
-        selection = self._select(pool, step)
+        decisions, weights = self._select(pool, step)
         if self._scope == "global":
-            check_agreement("StepPlanner", pool.row_ids(), selection.weights, device=self._device)
+            check_agreement("StepPlanner", pool.row_ids(), weights, device=self._device)
         me = rank() if len(counts) > 1 else 0
         first = sum(counts[:me])
-        kept = selection.rows
+        kept = weights.nonzero().flatten()
         holders = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))[kept]
         targets = deal(holders, len(counts))
         mine = [places[int(row) - first] for row in kept[holders == me]]
@@ -227,7 +268,7 @@ class StepPlanner:
             came[k] if k in came else places[int(kept[k]) - first]
             for k in (targets == me).nonzero().flatten().tolist()
         ]
-        own = selection.weights[first : first + local.size]
+        own = weights[first : first + local.size]
         share = _Share(
             list(batches),
             list(ids),
@@ -237,8 +278,8 @@ class StepPlanner:
         if arrived is not None:
             share.batches.append(arrived)
             share.ids.append(pool.row_ids()[kept[positions]])
-            share.weights.append(selection.weights[kept[positions]])
-        return (pool, selection), share
+            share.weights.append(weights[kept[positions]])
+        return decisions, share
 
     def _build(
         self, share: _Share, signals: Sequence[Signals], part: int
@@ -248,7 +289,9 @@ class StepPlanner:
         if not rows:
             # No rank may skip a forward. A row whose scores are finite cannot poison the zero.
             m, r = self._filler(signals)
-            batch = mute_rows(trim(take_rows(share.batches[m], [r])), torch.tensor([True]))
+            batch = trim(take_rows(share.batches[m], [r]))
+            if self._count(batch) is not None:
+                batch = mute_rows(batch, torch.tensor([True]))
             return batch, torch.zeros(1), signals[m].row_ids()[[r]]
         if rows == [(part, r) for r in range(signals[part].size)]:
             return dict(share.batches[part]), share.weights[part], share.ids[part].cpu()
@@ -266,11 +309,8 @@ class StepPlanner:
                 return m, int(good.nonzero()[0])
         return 0, 0
 
-    def _denominator(self, batches: Sequence[Batch], weights: Sequence[Tensor]) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64)
-        for batch, row_weights in zip(batches, weights, strict=True):
-            counts = count_labels(batch).cpu()
-            per_row = counts if self._normalize == "tokens" else counts > 0
-            total += (row_weights.double() * per_row).sum()
-        total = sum_over_ranks(total.to(self._device))
+    def _denominator(self, weights: Sequence[Tensor], counts: Sequence[Tensor | None]) -> Tensor:
+        pairs = zip(weights, counts, strict=True)
+        parts = [total_weight(w, n, self._normalize) for w, n in pairs]
+        total = sum_over_ranks(torch.stack(parts).sum().to(self._device))
         return torch.where(total > 0, total, 1.0).to(torch.float32)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 __all__ = [
+    "Weighing",
     "draw_rows",
     "effective_size",
+    "hand_over",
     "order_by",
     "top_rows",
+    "total_weight",
     "uniform_draws",
     "weighted_mean",
 ]
@@ -133,23 +139,90 @@ def effective_size(weights: Tensor) -> Tensor:
     return torch.where(squares > 0, weights.sum().square() / squares.clamp(min=1e-38), squares)
 
 
+@dataclass(frozen=True)
+class Weighing:
+    """How the rows of one micro-batch count in the loss of their optimizer step.
+
+    Attributes:
+        weights: ``(N,)`` row weights >= 0.
+        counts: ``(N,)`` labelled tokens of each row; None where a row is one item of its own, as in
+            classification.
+        denominator: ``D`` of the whole step, over all micro-batches and ranks.
+        normalize: ``"tokens"`` or ``"samples"``.
+        factor: What the engine divides a gradient by afterwards (ranks that are averaged, losses
+            that it divides by the accumulation), so that the division cancels.
+    """
+
+    weights: Tensor
+    counts: Tensor | None
+    denominator: Tensor
+    normalize: str
+    factor: float = 1.0
+
+    def __call__(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return this micro-batch's part of the step's loss; see :func:`weighted_mean`."""
+        rows = self.weights.shape[0]
+        if losses.shape[:1] != (rows,) or losses.dim() > 2:
+            raise ValueError(
+                f"weighted_mean: losses must be one per row ({rows},) or per token ({rows}, T), "
+                f"got shape {tuple(losses.shape)}. Compute the loss with reduction='none'."
+            )
+        if losses.dim() == 2 and self.counts is None:
+            raise ValueError(
+                f"weighted_mean: losses must be one per row ({rows},) where rows have no labelled "
+                f"tokens, got shape {tuple(losses.shape)}. Reduce each row first: .mean(dim=1)."
+            )
+        # In bfloat16 the denominator alone would be off by up to 0.4 %.
+        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
+        weights = self.weights.to(losses)
+        if self.counts is not None:
+            counts = self.counts.to(losses)
+            if losses.dim() == 2 and self.normalize == "samples":
+                weights = weights / counts.clamp(min=1)
+            elif losses.dim() == 1:
+                per_row = counts if self.normalize == "tokens" else counts.clamp(max=1)
+                weights = weights * per_row
+        alive = weights > 0
+        if losses.dim() == 2:
+            alive, weights = alive[:, None], weights[:, None]
+            alive = alive if mask is None else alive & mask
+        summed = torch.where(alive, losses * weights, 0.0).sum()
+        divisor = self.denominator.to(summed).clamp(min=torch.finfo(summed.dtype).tiny)
+        return summed / divisor * self.factor
+
+
+_at_hand: ContextVar[Weighing | None] = ContextVar("onlinesel_weighing", default=None)
+
+
+def hand_over(weighing: Weighing | None) -> None:
+    """Make a micro-batch's weights those that :func:`weighted_mean` finds; None takes them away.
+
+    Hosts whose users write the loss themselves call it around each training step.
+    """
+    _at_hand.set(weighing)
+
+
 def weighted_mean(
-    token_loss: Tensor,
-    mask: Tensor,
-    weights: Tensor,
+    losses: Tensor,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
     *,
     normalize: str = "tokens",
     denominator: Tensor | float | None = None,
 ) -> Tensor:
     """Return the weighted mean loss ``sum_i w_i sum_t loss_it / D`` of one batch.
 
+    Without ``weights``, a training step that onlinesel has planned (Lightning) uses the weights
+    and the denominator of its micro-batch; anywhere else, in validation say, every row counts 1.
+
     Args:
-        token_loss: ``(N, T)`` loss of every token.
-        mask: ``(N, T)`` True where the token is labelled.
+        losses: ``(N, T)`` loss of every token, or ``(N,)`` mean loss of every row.
+        mask: ``(N, T)`` True where the token is labelled. Needed with token losses, except in a
+            planned step, where the losses of other tokens must then be 0.
         weights: ``(N,)`` row weights >= 0; rows of weight 0 contribute exactly nothing, even if
             their loss is not finite.
         normalize: ``"tokens"``: ``D = sum_i w_i n_i``. ``"samples"``: ``D = sum_i w_i`` over
-            per-row means.
+            per-row means. Rows without tokens count as one token. A planned step has its own.
         denominator: ``D``, where the batch is only a part of the step (other micro-batches or
             ranks); by default this batch's own.
 
@@ -157,7 +230,7 @@ def weighted_mean(
         Scalar, differentiable; 0 if nothing has weight.
 
     Raises:
-        ValueError: Unknown ``normalize``.
+        ValueError: Unknown ``normalize``, token losses without a mask, or losses of another shape.
 
     Example:
         >>> import torch
@@ -168,24 +241,49 @@ def weighted_mean(
         3.0
         >>> weighted_mean(loss, mask, torch.tensor([1.0, 1.0]), normalize="samples").item()
         3.5
+        >>> weighted_mean(torch.tensor([1.0, 5.0])).item()
+        3.0
     """
+    weighing = _at_hand.get()
+    if weights is None and weighing is not None:
+        return weighing(losses, mask)
     if normalize not in ("tokens", "samples"):
         raise ValueError(
             f"weighted_mean: normalize must be 'tokens' or 'samples', got {normalize!r}. "
             "Use 'tokens' for the mean over labelled tokens."
         )
-    # In bfloat16 the denominator alone would be off by up to 0.4 %.
-    token_loss = token_loss.to(torch.promote_types(token_loss.dtype, torch.float32))
-    weights = weights.to(token_loss)
-    counts = mask.sum(dim=1)
-    if normalize == "samples":
-        weights = weights / counts.clamp(min=1)
-        total = (weights * counts).sum()
-    else:
-        total = (weights * counts).sum()
-    alive = mask & (weights > 0)[:, None]
-    summed = torch.where(alive, token_loss * weights[:, None], 0.0).sum()
+    if losses.dim() == 2 and mask is None:
+        raise ValueError(
+            "weighted_mean: mask must be given with token losses, got None. Pass the (N, T) mask "
+            "of labelled tokens, or one loss a row."
+        )
+    if weights is None:
+        weights = torch.ones(losses.shape[0], device=losses.device)
+    counts = None if mask is None else mask.sum(dim=1)
     if denominator is None:
-        denominator = total
-    divisor = torch.as_tensor(denominator).to(summed)
-    return summed / divisor.clamp(min=torch.finfo(summed.dtype).tiny)
+        denominator = total_weight(weights.to(losses.device), counts, normalize)
+    divisor = torch.as_tensor(denominator)
+    return Weighing(weights, counts, divisor, normalize)(losses, mask)
+
+
+def total_weight(weights: Tensor, counts: Tensor | None, normalize: str) -> Tensor:
+    """Return ``D`` of some rows: ``sum_i w_i n_i``, or ``sum_i w_i`` over rows with a token.
+
+    Args:
+        weights: ``(N,)``.
+        counts: ``(N,)`` labelled tokens, or None where each row is one item.
+        normalize: ``"tokens"`` or ``"samples"``.
+
+    Returns:
+        Scalar, float64.
+
+    Example:
+        >>> import torch
+        >>> weights, counts = torch.tensor([1.0, 2.0]), torch.tensor([3, 0])
+        >>> [total_weight(weights, counts, n).item() for n in ("tokens", "samples")]
+        [3.0, 1.0]
+    """
+    if counts is None:
+        return weights.double().sum()
+    per_row = counts if normalize == "tokens" else counts > 0
+    return (weights.double() * per_row).sum()
