@@ -23,6 +23,8 @@ __all__ = [
     "exchange_rows",
     "gather_signals",
     "rank",
+    "smallest_over_ranks",
+    "stack_over_ranks",
     "sum_over_ranks",
     "world_size",
 ]
@@ -51,6 +53,20 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     total = value.clone()
     dist.all_reduce(total)
     return total
+
+
+def smallest_over_ranks(value: int, device: torch.device | str = "cpu") -> int:
+    """Return the smallest of a number that every rank gives."""
+    if world_size() == 1:
+        return value
+    found = torch.tensor(value, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MIN)
+    return int(found)
+
+
+def stack_over_ranks(value: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Return the tensors of all ranks, of one shape, stacked in their order, on the CPU."""
+    return torch.stack(_gather(value.to(device)) if world_size() > 1 else [value]).cpu()
 
 
 def check_agreement(owner: str, *tensors: Tensor, device: torch.device | str = "cpu") -> None:

@@ -1,0 +1,359 @@
+"""Candidates for plain loops: what competes in each optimizer step, from a loader as it is.
+
+Of a torch ``DataLoader`` over a map-style dataset with one of torch's own samplers, the order of
+the rows is taken over: one global order per epoch, a function of seed and epoch alone, cut into
+the windows of the optimizer steps and dealt to the ranks. It does not depend on how many ranks
+there are, so a run continues on another number of them without losing or repeating a row.
+
+Any other loader (a stream, a sampler of one's own, one that a framework prepared) is left as it
+is: its batches are joined into candidates, and a resumed run reads past those it has had.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from onlinesel.batch import gather_rows, rows_in
+from onlinesel.columns import as_columns
+from onlinesel.distributed import rank, smallest_over_ranks, stack_over_ranks, world_size
+from onlinesel.order import Order, own_order, torch_loader, window_rows
+from onlinesel.rows import FILLER_ID, GROUP, ROW_ID, content_ids
+
+__all__ = ["CandidateLoader", "Candidates"]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """One micro-batch of candidates.
+
+    Attributes:
+        columns: The batch's leaves by name.
+        rebuild: Puts leaves of these names into the structure that the loader gave.
+        ids: ``(N,)`` int64.
+        groups: ``(N,)`` int64 source or domain of each row, None if rows have none.
+    """
+
+    columns: dict[str, Any]
+    rebuild: Callable[[Any], Any]
+    ids: Tensor
+    groups: Tensor | None
+
+
+class _Numbered(Dataset[Any]):
+    """Rows of a map-style dataset with their numbers; ``~row`` asks for a filler."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        if index < 0:
+            return FILLER_ID, self.dataset[~index]
+        return index, self.dataset[index]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[int, Any]]:
+        fetch = getattr(self.dataset, "__getitems__", None)
+        if fetch is None or min(indices) < 0:
+            return [self[i] for i in indices]
+        return list(zip(indices, fetch(indices), strict=True))
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """A batch sampler that begins where the reader stands, each time it is iterated."""
+
+    begin: Callable[[], Iterator[list[int]]]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.begin()
+
+
+@dataclass(frozen=True)
+class _Paired:
+    """A collator that keeps the numbers of the rows beside the batch."""
+
+    collate: Callable[[list[Any]], Any]
+
+    def __call__(self, pairs: Sequence[tuple[int, Any]]) -> tuple[Tensor, Any]:
+        ids = torch.tensor([number for number, _ in pairs], dtype=torch.int64)
+        return ids, self.collate([row for _, row in pairs])
+
+
+@contextmanager
+def _standing_in(loader: Any, **attributes: Any) -> Iterator[None]:
+    """Give a loader other parts while it builds an iterator; torch forbids setting them."""
+    before = {name: vars(loader)[name] for name in attributes}
+    vars(loader).update(attributes)
+    try:
+        yield
+    finally:
+        vars(loader).update(before)
+
+
+class CandidateLoader:
+    """Read candidate micro-batches in windows of one optimizer step.
+
+    Args:
+        loader: A torch ``DataLoader``, or any iterable of batches that can be iterated anew.
+            Nothing of it is changed for good.
+        candidates: Candidate rows for each row that trains.
+        accumulate: Micro-batches of an optimizer step, or a function that says.
+        seed: Of the order, where it is ours.
+        ids: ``"auto"``: the batch's column ``sample_id`` if there is one, else the row number of a
+            map-style dataset, else a hash of the content; ``"hash"``; or a column of integers,
+            which is taken out of the batch.
+        groups: Column of the batch that holds the source or domain of each row, taken out of it.
+        plan: A strategy's ``epoch_plan``.
+        order: A sampler with ``epoch`` that replaces the loader's own, as a ``DomainSampler``.
+        pad_id: Token that pads ``input_ids`` where batches of different width are joined.
+        device: Where collectives need their tensors.
+
+    Raises:
+        ValueError: The order has to be ours and cannot be.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader
+        >>> rows = [(torch.tensor([float(i)]), i % 2) for i in range(6)]
+        >>> reader = CandidateLoader(DataLoader(rows, batch_size=1), candidates=2, accumulate=2)
+        >>> [[part.ids.tolist() for part in window] for window in reader.windows()]
+        [[[0, 1], [2, 3]], [[4, 5]]]
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        *,
+        candidates: int = 1,
+        accumulate: int | Callable[[], int] = 1,
+        seed: int = 0,
+        ids: str = "auto",
+        groups: str | None = None,
+        plan: Callable[..., Tensor | None] | None = None,
+        order: Order | None = None,
+        pad_id: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.loader, self.candidates, self.seed = loader, candidates, seed
+        self._accumulate = accumulate if callable(accumulate) else lambda: accumulate
+        self._ids, self._groups, self._pad_id, self._device = ids, groups, pad_id, device
+        self._base = torch_loader(loader)
+        taken_over = own_order(self._base, seed, plan)
+        if order is not None and taken_over is None:
+            raise ValueError(
+                "CandidateLoader: loader must be a torch DataLoader with a map-style dataset and "
+                f"a plain sampler where the order is planned, got {type(loader).__name__}. "
+                "Use shuffle=True and no sampler."
+            )
+        self.order = order if order is not None else taken_over
+        self.epoch = self.position = 0
+        self._resumed = self._begun = False
+        self._rng: Tensor | None = None
+        self._costs: deque[int] = deque()  # of the windows that were read and have not trained
+        self._cells = _Cells(self._rows_of_this_rank)
+
+    # Size -----------------------------------------------------------------------------------
+
+    @property
+    def _size(self) -> int:
+        """Candidate rows of one micro-batch of this rank, where the order is ours."""
+        assert self._base is not None and self._base.batch_size is not None
+        return self._base.batch_size * self.candidates
+
+    def micro_batches(self) -> int:
+        """Return the number of candidate micro-batches of an epoch on this rank.
+
+        Raises:
+            TypeError: The loader has no length.
+        """
+        if self.order is None:
+            return -(-len(self.loader) // self.candidates)
+        row = self._size * world_size()
+        if self._drops_last:
+            return len(self.order) // (row * self._accumulate()) * self._accumulate()
+        return -(-len(self.order) // row)
+
+    def __len__(self) -> int:
+        """Return the number of optimizer steps of an epoch."""
+        return -(-self.micro_batches() // self._accumulate())
+
+    @property
+    def _drops_last(self) -> bool:
+        return self._base is not None and bool(self._base.drop_last)
+
+    # Reading --------------------------------------------------------------------------------
+
+    def windows(self) -> Iterator[list[Candidates]]:
+        """Yield the candidates of each optimizer step of the epoch, or of what is left of it.
+
+        A new call begins the next epoch, unless a state has just been loaded. Ranks read equally
+        many micro-batches: where loaders of their own give them different numbers, the epoch ends
+        with the shortest.
+        """
+        if self._begun and not self._resumed:
+            self.epoch, self.position = self.epoch + 1, 0
+        self._begun, resumed, self._resumed = True, self._resumed, False
+        self._costs.clear()
+        yield from self._own_windows() if self.order is not None else self._foreign(resumed)
+
+    def advance(self) -> None:
+        """Note that the oldest window that was read has trained; a checkpoint counts those."""
+        if self._costs:
+            self.position += self._costs.popleft()
+
+    def _own_windows(self) -> Iterator[list[Candidates]]:
+        assert self.order is not None and self._base is not None
+        self.order.epoch = self.epoch
+        accumulate, ranks, left = self._accumulate(), world_size(), len(self.order) - self.position
+        whole = self._size * accumulate * ranks
+        pairs = self._read(self._base, batch_sampler=self._cells)
+        while left >= whole or (left > 0 and not self._drops_last):
+            rows = min(left, whole)
+            count = -(-rows // (self._size * ranks))
+            self._costs.append(rows)
+            yield [self._candidates([pair]) for pair in islice(pairs, count)]
+            left -= rows
+
+    def _rows_of_this_rank(self) -> Iterator[list[int]]:
+        assert self.order is not None
+        return window_rows(
+            islice(self.order, self.position, None), size=self._size, ranks=world_size(),
+            accumulate=self._accumulate(), rank=rank(), drop_last=self._drops_last,
+        )  # fmt: skip
+
+    def _foreign(self, resumed: bool) -> Iterator[list[Candidates]]:
+        _tell_epoch(self.loader, self.epoch)
+        if not resumed:
+            self._rng = stack_over_ranks(torch.get_rng_state(), self._device)
+            batches = self._batches()
+        else:
+            # The loader shuffles as it did, and what it draws disturbs nothing else.
+            with torch.random.fork_rng(devices=[]):
+                if self._rng is not None:
+                    torch.set_rng_state(self._rng[rank()])
+                batches = self._batches()
+                skipped = sum(1 for _ in islice(batches, self.position))
+            if skipped < self.position:
+                return
+        while True:
+            accumulate = self._accumulate()
+            raw = list(islice(batches, accumulate * self.candidates))
+            parts = [raw[i : i + self.candidates] for i in range(0, len(raw), self.candidates)]
+            count = smallest_over_ranks(len(parts), self._device)
+            if count == 0:
+                return
+            self._costs.append(sum(len(part) for part in parts[:count]))
+            yield [self._candidates(part) for part in parts[:count]]
+            if count < accumulate:
+                return
+
+    def _batches(self) -> Iterator[tuple[Tensor | None, Any]]:
+        if self._base is None or self._ids == "hash":
+            return ((None, batch) for batch in self.loader)
+        return self._read(self.loader)
+
+    def _read(self, loader: Any, **parts: Any) -> Iterator[tuple[Tensor, Any]]:
+        """Iterate a loader whose base gives row numbers beside its batches."""
+        base = self._base
+        assert base is not None
+        parts |= {"dataset": _Numbered(base.dataset), "collate_fn": _Paired(base.collate_fn)}
+        # Wrappers build the inner iterator at the first call of next, so that is done in here.
+        with _standing_in(base, **parts):
+            iterator = iter(loader)
+            first = list(islice(iterator, 1))
+        return (pair for part in (first, iterator) for pair in part)
+
+    def _candidates(self, pairs: Sequence[tuple[Tensor | None, Any]]) -> Candidates:
+        """Join batches into one of candidates, and find out who the rows are."""
+        taken = [as_columns(batch) for _, batch in pairs]
+        columns, rebuild = taken[0].values, taken[0].rebuild
+        if len(pairs) > 1:
+            places = [(m, r) for m, part in enumerate(taken) for r in range(rows_in(part.values))]
+            columns = gather_rows([part.values for part in taken], places, pad_id=self._pad_id)
+        columns = dict(columns)
+        numbers = [ids for ids, _ in pairs if ids is not None]
+        ids = self._identify(columns, torch.cat(numbers) if numbers else None)
+        names = [name for name in (self._groups, GROUP) if name in columns]
+        groups = columns.pop(names[0]) if names else None
+        if self._groups is not None and groups is None:
+            _refuse_column("groups", self._groups, columns)
+        return Candidates(columns, rebuild, ids, groups)
+
+    def _identify(self, columns: dict[str, Any], numbers: Tensor | None) -> Tensor:
+        name = "sample_id" if self._ids == "auto" else self._ids
+        found = columns.pop(ROW_ID, None)
+        if self._ids != "hash" and name in columns:
+            found = columns.pop(name)
+        elif self._ids not in ("auto", "hash"):
+            _refuse_column("ids", self._ids, columns)
+        if found is None:
+            return content_ids(columns) if numbers is None else numbers
+        ids = torch.as_tensor(found).cpu()
+        if ids.is_floating_point():
+            raise TypeError(
+                f"CandidateLoader: ids must be integers, got {ids.dtype} in column {name!r}. "
+                "Carry ids as int64: floats lose integers above 2**24."
+            )
+        ids = ids.to(torch.int64)
+        return ids if numbers is None else torch.where(numbers == FILLER_ID, FILLER_ID, ids)
+
+    # State ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the epoch stands: plain numbers and, for a loader left as it is, a tensor.
+
+        The same on every rank. Windows that were read but have not trained do not count.
+        """
+        state: dict[str, Any] = {"epoch": self.epoch, "position": self.position, "seed": self.seed}
+        if self.order is None:
+            state |= {"ranks": world_size(), "rng": self._rng}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken, on any number of ranks if the order is ours.
+
+        Raises:
+            ValueError: The state is of another kind of loader or another seed, or stands in the
+                middle of an epoch of a loader that another number of ranks had read.
+        """
+        foreign = self.order is None
+        if ("ranks" in state) != foreign or state["seed"] != self.seed:
+            raise ValueError(
+                "CandidateLoader: state must come from the same kind of loader and seed "
+                f"({self.seed}), got one of seed {state['seed']} and "
+                f"{'a loader left as it is' if 'ranks' in state else 'an order of our own'}. "
+                "Resume with the loader that wrote it."
+            )
+        if foreign and state["ranks"] != world_size() and state["position"] > 0:
+            raise ValueError(
+                f"CandidateLoader: number of ranks must be the checkpoint's ({state['ranks']}) in "
+                f"the middle of an epoch of a loader with its own sampler, got {world_size()}. "
+                "Use a torch DataLoader with shuffle=True and no sampler, or an epoch's end."
+            )
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._rng = state.get("rng")
+        self._begun = self._resumed = True
+
+
+def _tell_epoch(loader: Any, epoch: int) -> None:
+    """Call ``set_epoch`` on the loader or, where it has none, on its samplers."""
+    base = getattr(loader, "base_dataloader", loader)
+    for owner in (loader, getattr(base, "batch_sampler", None), getattr(base, "sampler", None)):
+        tell = getattr(owner, "set_epoch", None)
+        if tell is not None:
+            tell(epoch)
+
+
+def _refuse_column(argument: str, name: str, columns: dict[str, Any]) -> None:
+    raise ValueError(
+        f"CandidateLoader: {argument} must be a column of the batch, got {name!r}. The columns are "
+        f"{', '.join(columns)}."
+    )
