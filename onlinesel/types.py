@@ -41,7 +41,8 @@ class Signals:
         nuclear_norm: ``(N,)`` nuclear norm of the row's logit matrix.
         embedding: ``(N, k)`` projection of the row's logits.
         reward: ``(N,)`` outcome of a rollout.
-        group: ``(N,)`` int64, the prompt that a rollout belongs to.
+        group: ``(N,)`` int64, the prompt that a rollout belongs to, or the source or domain that a
+            row comes from.
         tokens: ``(N,)`` int64, number of labelled tokens.
 
     Example:

@@ -44,6 +44,8 @@ MAY_IMPORT = {
     "onlinesel.kernels": ("onlinesel.kernels",),
     "onlinesel.strategies": (*METHOD, "onlinesel.rl", "onlinesel.strategies"),
     "onlinesel.rl": (*METHOD, "onlinesel.rl"),
+    "onlinesel.quotas": ("onlinesel.types",),
+    "onlinesel.mixing": ("onlinesel.types", "onlinesel.mixing"),
     "onlinesel.report": (*BLIND, "onlinesel.report"),
     "onlinesel.cli": ("onlinesel", "-onlinesel.callbacks"),
     "onlinesel.callbacks": HOST,
@@ -177,6 +179,8 @@ VIOLATIONS = [
     (wrong_imports, "onlinesel.selector", "from onlinesel.strategies import UDS"),
     (wrong_imports, "onlinesel.selector", "from onlinesel import strategies"),
     (wrong_imports, "onlinesel.selector", "def f():\n    import onlinesel.rl.gates"),
+    (wrong_imports, "onlinesel.quotas", "from onlinesel.strategies import TopLoss"),
+    (wrong_imports, "onlinesel.mixing.odm", "from onlinesel.selector import Selector"),
     (wrong_imports, "onlinesel.kernels.gram", "from onlinesel.types import Signals"),
     (wrong_imports, "onlinesel.batch", "from onlinesel.callbacks.hf import OnlineSelection"),
     (wrong_imports, "onlinesel.report.page", "from onlinesel import recipes"),
@@ -236,7 +240,7 @@ def loaded_beyond_torch(statement: str) -> set[str]:
 
 
 def test_importing_loads_torch_and_nothing_heavy() -> None:
-    packages = ("strategies", "rl", "kernels", "callbacks", "recipes")
+    packages = ("strategies", "rl", "mixing", "kernels", "callbacks", "recipes")
     alone = loaded_beyond_torch("import onlinesel")
     together = loaded_beyond_torch("import " + ", ".join(f"onlinesel.{name}" for name in packages))
     assert "onlinesel" in alone & together
