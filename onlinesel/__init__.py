@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
+from onlinesel.classification import ClassificationScorer
 from onlinesel.combine import Chain, When
 from onlinesel.ledger import Ledger
 from onlinesel.selector import Selector
 from onlinesel.types import Scorer, Selection, Signals, State, Strategy
-from onlinesel.weights import weighted_mean
+from onlinesel.weights import token_losses, weighted_mean
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Chain",
+    "ClassificationScorer",
     "Ledger",
     "Scorer",
     "Selection",
@@ -20,5 +25,14 @@ __all__ = [
     "State",
     "Strategy",
     "When",
+    "steps",
+    "token_losses",
     "weighted_mean",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Find the one host that has no framework to be imported from, when it is asked for."""
+    if name == "steps":
+        return importlib.import_module("onlinesel.callbacks.loop").steps
+    raise AttributeError(f"module 'onlinesel' has no attribute {name!r}")

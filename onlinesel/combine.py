@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,14 @@ def _scorer_options(owner: str, parts: tuple[Strategy, ...]) -> dict[str, object
                     f"{merged[name]!r} and {value!r}. Give both parts the same setting."
                 )
     return merged
+
+
+def _merged(parts: tuple[Strategy, ...], states: Sequence[State]) -> State:
+    new: State = {}
+    for i, part in enumerate(parts):
+        united = part.merge([_part(state, str(i)) for state in states])
+        new.update(_prefixed(united, str(i)))
+    return new
 
 
 def _plan(parts: tuple[Strategy, ...], rows: int, epoch: int, seed: int) -> Tensor | None:
@@ -121,6 +130,10 @@ class Chain(Strategy):
         for i, part in enumerate(self.parts):
             new.update(_prefixed(part.observe(signals, _part(state, str(i))), str(i)))
         return new
+
+    def merge(self, states: Sequence[State]) -> State:
+        """Let every part unite its own."""
+        return _merged(self.parts, states)
 
     def epoch_plan(self, rows: int, *, epoch: int, seed: int) -> Tensor | None:
         """Return the plan of the first part that has one."""
@@ -213,6 +226,10 @@ class When(Strategy):
         for i, part in enumerate(self._parts):
             new.update(_prefixed(part.observe(signals, _part(state, str(i))), str(i)))
         return new
+
+    def merge(self, states: Sequence[State]) -> State:
+        """Let both sides unite their own."""
+        return _merged(self._parts, states)
 
     def epoch_plan(self, rows: int, *, epoch: int, seed: int) -> Tensor | None:
         """Return the strategy's plan: a loader's epoch cannot switch in the middle."""

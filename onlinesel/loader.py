@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from onlinesel.agreement import smallest_over_ranks, stack_over_ranks
 from onlinesel.batch import gather_rows, rows_in
 from onlinesel.columns import as_columns
-from onlinesel.distributed import rank, smallest_over_ranks, stack_over_ranks, world_size
+from onlinesel.distributed import rank, world_size
 from onlinesel.order import Order, own_order, torch_loader, window_rows
 from onlinesel.rows import FILLER_ID, GROUP, ROW_ID, content_ids
 
@@ -283,6 +284,9 @@ class CandidateLoader:
         ids = self._identify(columns, torch.cat(numbers) if numbers else None)
         names = [name for name in (self._groups, GROUP) if name in columns]
         groups = columns.pop(names[0]) if names else None
+        domains = getattr(self.order, "domains", None)
+        if groups is None and domains is not None:
+            groups = domains[ids.clamp(min=0)]
         if self._groups is not None and groups is None:
             _refuse_column("groups", self._groups, columns)
         return Candidates(columns, rebuild, ids, groups)
@@ -315,6 +319,8 @@ class CandidateLoader:
         state: dict[str, Any] = {"epoch": self.epoch, "position": self.position, "seed": self.seed}
         if self.order is None:
             state |= {"ranks": world_size(), "rng": self._rng}
+        elif hasattr(self.order, "state_dict"):
+            state["order"] = self.order.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -338,6 +344,8 @@ class CandidateLoader:
                 f"the middle of an epoch of a loader with its own sampler, got {world_size()}. "
                 "Use a torch DataLoader with shuffle=True and no sampler, or an epoch's end."
             )
+        if "order" in state and self.order is not None:
+            self.order.load_state_dict(state["order"])
         self.epoch, self.position = state["epoch"], state["position"]
         self._rng = state.get("rng")
         self._begun = self._resumed = True

@@ -163,3 +163,31 @@ class Selector:
         }
         self._generator.set_state(tensors["generator"])
         self.step = int(state["step"])
+
+    def load_states(self, states: Sequence[dict[str, Any]], rank: int, ranks: int) -> None:
+        """Continue one of several selectors that decided alone, whatever their number is now.
+
+        With as many ranks as there are states, each takes its own. Otherwise all take what the
+        strategy's ``merge`` makes of them; a rank that there was before keeps its generator, the
+        others keep the fresh one that they were built with.
+
+        Args:
+            states: What :meth:`state_dict` returned on each rank, in their order.
+            rank: This rank.
+            ranks: Number of ranks now.
+
+        Raises:
+            ValueError: A state belongs to another strategy. Nothing is changed then.
+        """
+        fresh = self._generator.get_state()
+        self.load_state_dict(states[min(rank, len(states) - 1)])
+        if ranks == len(states):
+            return
+        prefix = "state."
+        parts = [
+            {k.removeprefix(prefix): v for k, v in s["tensors"].items() if k.startswith(prefix)}
+            for s in states
+        ]
+        self._state = {name: value.clone() for name, value in self.strategy.merge(parts).items()}
+        if rank >= len(states):
+            self._generator.set_state(fresh)

@@ -78,15 +78,21 @@ class StepPlan:
             return torch.where(counts > 0, weights / counts.clamp(min=1), 0.0)
         return None if bool(((weights == 1) | (weights == 0)).all()) else weights
 
-    def weighing(self, index: int, factor: float = 1.0) -> Weighing:
+    def weighing(
+        self,
+        index: int,
+        factor: float = 1.0,
+        observe: Callable[[Tensor], None] | None = None,
+    ) -> Weighing:
         """Return what turns the row or token losses of a micro-batch into its part of the loss.
 
         Args:
             index: Number of the micro-batch.
             factor: What the engine divides the gradient by afterwards.
+            observe: Is told the rows' mean losses.
         """
         weights, counts = self.weights[index], self.counts[index]
-        return Weighing(weights, counts, self.denominator, self.normalize, factor)
+        return Weighing(weights, counts, self.denominator, self.normalize, factor, observe)
 
 
 @dataclass(frozen=True)

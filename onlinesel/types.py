@@ -9,7 +9,7 @@ normalised) belongs to the host. So a method is two pure functions, :meth:`Strat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -247,6 +247,13 @@ class Strategy(ABC):
     def observe(self, signals: Signals, state: State) -> State:
         """Learn from the rows that just trained; returns the new state."""
         return state
+
+    def merge(self, states: Sequence[State]) -> State:
+        """Unite what several ranks remember, each of its own rows, when their number changes.
+
+        The default takes the first state. A method that remembers by id unites all of them.
+        """
+        return dict(states[0])
 
     def epoch_plan(self, rows: int, *, epoch: int, seed: int) -> Tensor | None:
         """Return the row numbers of one epoch in their order, or None to leave the loader alone.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 __all__ = [
     "Weighing",
@@ -14,6 +16,7 @@ __all__ = [
     "effective_size",
     "hand_over",
     "order_by",
+    "token_losses",
     "top_rows",
     "total_weight",
     "uniform_draws",
@@ -151,6 +154,7 @@ class Weighing:
         normalize: ``"tokens"`` or ``"samples"``.
         factor: What the engine divides a gradient by afterwards (ranks that are averaged, losses
             that it divides by the accumulation), so that the division cancels.
+        observe: Is told the ``(N,)`` mean losses of the rows, for methods that learn from them.
     """
 
     weights: Tensor
@@ -158,6 +162,7 @@ class Weighing:
     denominator: Tensor
     normalize: str
     factor: float = 1.0
+    observe: Callable[[Tensor], None] | None = None
 
     def __call__(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return this micro-batch's part of the step's loss; see :func:`weighted_mean`."""
@@ -174,6 +179,8 @@ class Weighing:
             )
         # In bfloat16 the denominator alone would be off by up to 0.4 %.
         losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
+        if self.observe is not None:
+            self.observe(self._row_means(losses.detach(), mask))
         weights = self.weights.to(losses)
         if self.counts is not None:
             counts = self.counts.to(losses)
@@ -189,6 +196,13 @@ class Weighing:
         summed = torch.where(alive, losses * weights, 0.0).sum()
         divisor = self.denominator.to(summed).clamp(min=torch.finfo(summed.dtype).tiny)
         return summed / divisor * self.factor
+
+    def _row_means(self, losses: Tensor, mask: Tensor | None) -> Tensor:
+        if losses.dim() == 1:
+            return losses
+        assert self.counts is not None
+        kept = losses if mask is None else torch.where(mask, losses, 0.0)
+        return kept.sum(dim=1) / self.counts.to(losses)
 
 
 _at_hand: ContextVar[Weighing | None] = ContextVar("onlinesel_weighing", default=None)
@@ -264,6 +278,27 @@ def weighted_mean(
         denominator = total_weight(weights.to(losses.device), counts, normalize)
     divisor = torch.as_tensor(denominator)
     return Weighing(weights, counts, divisor, normalize)(losses, mask)
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss of every token of a causal language model, 0 where there is no label.
+
+    Args:
+        logits: ``(N, T, V)``; position ``t`` predicts token ``t + 1``.
+        labels: ``(N, T)`` int64, -100 where no loss is taken.
+
+    Returns:
+        ``(N, T - 1)`` float32, in nats, differentiable.
+
+    Example:
+        >>> import torch
+        >>> token_losses(torch.zeros(1, 3, 2), torch.tensor([[0, 1, -100]])).tolist()
+        [[0.6931471824645996, 0.0]]
+    """
+    targets = labels[:, 1:].to(logits.device)
+    flat = logits[:, :-1].float().flatten(0, 1)
+    losses = cross_entropy(flat, targets.flatten(), ignore_index=-100, reduction="none")
+    return losses.view(targets.shape)
 
 
 def total_weight(weights: Tensor, counts: Tensor | None, normalize: str) -> Tensor:

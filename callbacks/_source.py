@@ -1,0 +1,322 @@
+"""What plain loops and Lightning share: candidates in, planned micro-batches out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onlinesel.agreement import check_settings
+from onlinesel.batch import count_labels, is_causal
+from onlinesel.callbacks._meter import StepMeter
+from onlinesel.distributed import gather_signals, rank, world_size
+from onlinesel.loader import CandidateLoader, Candidates
+from onlinesel.report.runlog import RunLog
+from onlinesel.scoring import CausalLMScorer, evaluating, unwrap
+from onlinesel.selector import Selector
+from onlinesel.step import SCOPES, StepPlan, StepPlanner
+from onlinesel.types import Signals, Strategy
+from onlinesel.weights import Weighing
+
+__all__ = ["MicroBatch", "Score", "StepSource"]
+
+Score = Callable[[Any, Any], Signals | Tensor]
+"""``(model, batch) -> Signals``, or the ``(N,)`` losses of the rows."""
+
+
+class MicroBatch:
+    """Rows that train together.
+
+    Attributes:
+        batch: In the structure that the loader gives.
+        ids: ``(N,)`` int64.
+        weights: ``(N,)``; 0 for a row that only keeps its rank in step with the others.
+        last: Whether it is the last of its optimizer step.
+        value: Its part of the step's loss, detached, once :meth:`loss` was called.
+    """
+
+    def __init__(
+        self, batch: Any, ids: Tensor, weights: Tensor, weighing: Weighing, last: bool
+    ) -> None:
+        self.batch, self.ids, self.weights, self.last = batch, ids, weights, last
+        self._weighing = weighing
+        self.value: Tensor | None = None
+
+    def loss(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return this micro-batch's part of the step's loss: call ``backward()`` on it.
+
+        The parts of all micro-batches and ranks add up to ``sum_i w_i sum_t loss_it / D``.
+
+        Args:
+            losses: ``(N,)`` mean loss of each row, or ``(N, T)`` loss of each token.
+            mask: ``(N, T)`` True where the token is labelled; without it, the losses of other
+                tokens must be 0, as :func:`onlinesel.token_losses` gives them.
+
+        Returns:
+            Scalar, differentiable, already multiplied by what the engine divides by.
+        """
+        loss = self._weighing(losses, mask)
+        self.value = loss.detach() / self._weighing.factor
+        return loss
+
+
+class StepSource:
+    """Plan optimizer steps out of candidates, and carry what must survive a checkpoint.
+
+    Args:
+        owner: Name used in errors.
+        strategy: The method, or a selector that holds it.
+        candidates: As the hosts' argument; so are the others.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        strategy: Strategy | Selector,
+        *,
+        candidates: int,
+        scope: str,
+        normalize: str | None,
+        seed: int,
+        score: Score | None,
+        ids: str,
+        groups: str | None,
+        order: Any,
+        reference: nn.Module | str | None,
+        record: str | Path | RunLog | None,
+    ) -> None:
+        self.owner = owner
+        self.selector = (
+            strategy if isinstance(strategy, Selector) else Selector(strategy, seed=seed)
+        )
+        self.strategy = self.selector.strategy
+        self.candidates, self.scope, self.seed = candidates, scope, seed
+        self.normalize = self.strategy.normalize if normalize is None else normalize
+        self.ids, self.groups, self.order = ids, groups, order
+        self._check_arguments()
+        self._score, self._reference = score, reference
+        self._needs = [n for n in self.strategy.needs if n not in ("ids", "tokens", "group")]
+        self._default: CausalLMScorer | None = None
+        self._rebuild: Callable[[Any], Any] = dict
+        self._seen: list[tuple[Tensor, Tensor]] = []
+        self.open = False  # a step is planned and not finished
+        self.observing = bool(self.strategy.observes) or hasattr(order, "observe")
+        name = {"name": type(self.strategy).__name__}
+        self.meter = StepMeter(record, self.facts() | name)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the settings that a checkpoint is held against and that ranks must share."""
+        return {
+            "strategy": repr(self.strategy),
+            "candidates": self.candidates,
+            "scope": self.scope,
+            "normalize": self.normalize,
+            "ids": self.ids,
+            "seed": self.seed,
+        }
+
+    def refuse(self, argument: str, rule: str, got: object, remedy: str) -> None:
+        """Raise the designed error of the host."""
+        raise ValueError(f"{self.owner}: {argument} must be {rule}, got {got}. {remedy}")
+
+    def _check_arguments(self) -> None:
+        if type(self.candidates) is not int or self.candidates < 1:
+            self.refuse(
+                "candidates", "an integer >= 1", repr(self.candidates),
+                "Use 1 to weigh without dropping.",
+            )  # fmt: skip
+        if self.scope not in SCOPES:
+            rule = f"one of {', '.join(SCOPES)}"
+            self.refuse("scope", rule, repr(self.scope), "See the docstring.")
+        if self.normalize not in ("tokens", "samples"):
+            rule = "'tokens', 'samples' or None"
+            self.refuse("normalize", rule, repr(self.normalize), "See the docstring.")
+
+    def attach(
+        self,
+        loader: Any,
+        model: nn.Module,
+        *,
+        accumulate: int | Callable[[], int],
+        device: torch.device | str,
+        call: Callable[[Callable[[Any], Any], Any], Any] | None = None,
+    ) -> CandidateLoader:
+        """Take a loader and a model; returns the reader of the candidates.
+
+        Args:
+            loader: What gives the batches.
+            model: The model as the loop calls it, wrapped or not.
+            accumulate: Micro-batches of an optimizer step.
+            device: Where the model and the collectives need their tensors.
+            call: How to call a function of the model, where an engine must be told; by default
+                the function is called with ``model``.
+        """
+        self.device, self._model = torch.device(device), model
+        self._core = unwrap(model)
+        self._call = call or (lambda function, model: function(model))
+        self._check_scorer()
+        check_settings(self.owner, self.facts(), self.device)
+        config = getattr(self._core, "config", None)
+        pad_id = getattr(config, "pad_token_id", None) or 0
+        self.reader = CandidateLoader(
+            loader, candidates=self.candidates, accumulate=accumulate, seed=self.seed,
+            ids=self.ids, groups=self.groups, plan=self.strategy.epoch_plan, order=self.order,
+            pad_id=pad_id, device=self.device,
+        )  # fmt: skip
+        if self.scope != "global" and world_size() > 1:
+            # Ranks that decide alone must not draw the same numbers for different rows.
+            self.selector = Selector(self.strategy, seed=self.seed + 1_000_003 * rank())
+        self._planner = StepPlanner(
+            self.selector, self._signals, candidates=self.candidates, scope=self.scope,
+            normalize=self.normalize, pad_id=pad_id, device=self.device,
+            count=lambda batch: count_labels(batch) if is_causal(batch) else None,
+        )  # fmt: skip
+        return self.reader
+
+    def _check_scorer(self) -> None:
+        """Make the default scorer where it fits, and say what is missing where it does not."""
+        if self._score is not None or not self._needs:
+            return
+        name = type(self._core).__name__
+        if getattr(self._core, "get_output_embeddings", lambda: None)() is None:
+            self.refuse(
+                "score", "given for a model that is no causal language model", f"None with {name}",
+                f"{type(self.strategy).__name__} needs {', '.join(self._needs)}: pass score=, for "
+                "example onlinesel.ClassificationScorer() or a function (model, batch) -> losses.",
+            )  # fmt: skip
+        if "reference_loss" in self._needs and self._reference is None:
+            self.refuse(
+                "reference", "a model or 'adapter'", None,
+                f"{type(self.strategy).__name__} compares the loss with it.",
+            )  # fmt: skip
+        if isinstance(self._reference, nn.Module):
+            self._reference.to(self.device)
+        self._default = CausalLMScorer(
+            self._needs, reference=self._reference, **self.strategy.scorer_options
+        )
+
+    def _signals(self, batch: dict[str, Any], needs: Sequence[str]) -> Signals:
+        scorer = self._default
+        if scorer is not None:
+            return self._call(
+                lambda model: scorer(model, batch, core=self._core, needs=needs), self._model
+            )
+        score, rebuilt = self._score, self._rebuild(batch)
+        assert score is not None
+        with evaluating(self._model):
+            found = self._call(lambda model: score(model, rebuilt), self._model)
+        return found if isinstance(found, Signals) else Signals(loss=found)
+
+    # One step -------------------------------------------------------------------------------
+
+    def plan(self, window: Sequence[Candidates], step: int) -> StepPlan:
+        """Decide about the candidates of one step, on the model's device."""
+        self._rebuild = window[0].rebuild
+        batches = [self._moved(part.columns) for part in window]
+        groups = None if window[0].groups is None else [_present(part.groups) for part in window]
+        plan = self._planner.plan(batches, [part.ids for part in window], step, groups)
+        self.meter.decided(plan)
+        self._seen, self.open = [], True
+        return plan
+
+    def _moved(self, columns: dict[str, Any]) -> dict[str, Any]:
+        return {
+            k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v
+            for k, v in columns.items()
+        }
+
+    def micro_batches(self, plan: StepPlan, factor: float) -> list[MicroBatch]:
+        """Return what a step trains, in the user's structure.
+
+        Args:
+            plan: The step.
+            factor: What the engine divides the gradient by.
+        """
+        last = len(plan.batches) - 1
+        return [
+            MicroBatch(
+                self._rebuild(batch), plan.ids[m], plan.weights[m],
+                plan.weighing(m, factor, self._noting(plan, m)), m == last,
+            )
+            for m, batch in enumerate(plan.batches)
+        ]  # fmt: skip
+
+    def _noting(self, plan: StepPlan, index: int) -> Callable[[Tensor], None] | None:
+        if not self.observing:
+            return None
+        ids, silent = plan.ids[index], plan.weights[index] == 0
+
+        def note(losses: Tensor) -> None:
+            self._seen.append((ids, losses.float().cpu().masked_fill(silent, torch.nan)))
+
+        return note
+
+    def finish(self, step: int) -> None:
+        """Learn from the rows that just trained, once per planned step."""
+        self.open = False
+        if self.observing:
+            if not self._seen:
+                self.refuse(
+                    "losses", "passed through the step's weighted mean", "none",
+                    f"{type(self.strategy).__name__} learns from them: use the loss that the step "
+                    "gives, as the documentation shows.",
+                )  # fmt: skip
+            ids, losses = (torch.cat(part) for part in zip(*self._seen, strict=True))
+            seen = Signals(ids=ids, loss=losses)
+            everywhere, _ = gather_signals(seen, self.device)
+            self.selector.observe(everywhere if self.scope == "global" else seen)
+            if hasattr(self.order, "observe"):
+                self.order.observe(everywhere.row_ids(), everywhere.require(self, "loss"))
+        if self._default is not None:
+            self._default.advance()
+        self.reader.advance()
+        self.meter.end(step)
+
+    # State ----------------------------------------------------------------------------------
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """Return everything that a resumed run needs: plain values and CPU tensors."""
+        states = [self.selector.state_dict()]
+        if self.scope != "global" and world_size() > 1:
+            states = _gathered(states[0])
+        return {
+            "format": 1, "step": step, "facts": self.facts(), "selectors": states,
+            "data": self.reader.state_dict(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> int:
+        """Continue where :meth:`state_dict` was taken; returns the step.
+
+        Raises:
+            ValueError: The state belongs to other settings. Nothing is changed then.
+        """
+        if state.get("format") != 1:
+            self.refuse(
+                "state", "of format 1", state.get("format"), "Pass what state_dict() returned."
+            )
+        for name, value in self.facts().items():
+            if state["facts"][name] != value:
+                self.refuse(
+                    name, f"the checkpoint's ({state['facts'][name]})", value,
+                    "Resume with the arguments that wrote it.",
+                )  # fmt: skip
+        self.reader.load_state_dict(state["data"])
+        alone = self.scope != "global"
+        self.selector.load_states(
+            state["selectors"], rank() if alone else 0, world_size() if alone else 1
+        )
+        return int(state["step"])
+
+
+def _present(groups: Tensor | None) -> Tensor:
+    assert groups is not None
+    return groups
+
+
+def _gathered(state: dict[str, Any]) -> list[dict[str, Any]]:
+    states: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(states, state)
+    return states

@@ -1,0 +1,63 @@
+"""What ranks tell each other besides scores and rows: their settings, how far they can read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from onlinesel.distributed import world_size
+
+__all__ = ["check_settings", "smallest_over_ranks", "stack_over_ranks"]
+
+
+def smallest_over_ranks(value: int, device: torch.device | str = "cpu") -> int:
+    """Return the smallest of a number that every rank gives."""
+    if world_size() == 1:
+        return value
+    found = torch.tensor(value, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MIN)
+    return int(found)
+
+
+def stack_over_ranks(value: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Return the tensors of all ranks, of one shape, stacked in their order, on the CPU."""
+    if world_size() == 1:
+        return value.cpu()[None]
+    parts = [torch.empty_like(value, device=device) for _ in range(world_size())]
+    dist.all_gather(parts, value.to(device).contiguous())
+    return torch.stack(parts).cpu()
+
+
+def check_settings(owner: str, settings: Mapping[str, Any], device: torch.device | str) -> None:
+    """Raise on every rank if the ranks were given different settings, naming those that differ.
+
+    A rank with another seed or strategy would choose other rows, or wait for a collective that
+    the others never enter.
+
+    Args:
+        owner: Name used in the error.
+        settings: What JSON can hold, the same names on every rank.
+        device: Where the process group's tensors must live.
+
+    Raises:
+        ValueError: The settings differ.
+    """
+    if world_size() == 1:
+        return
+    text = torch.tensor(list(json.dumps(dict(settings)).encode()), dtype=torch.uint8)
+    longest = -smallest_over_ranks(-text.numel(), device)
+    padded = torch.full((longest,), ord(" "), dtype=torch.uint8)
+    padded[: text.numel()] = text
+    everyone = [json.loads(bytes(row.tolist())) for row in stack_over_ranks(padded, device)]
+    for name in settings:
+        values = [str(other.get(name)) for other in everyone]
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"{owner}: {name} must be the same on every rank, got {values}. Build the "
+                "selection from the same configuration everywhere."
+            )
