@@ -7,7 +7,7 @@ the LM head, which then sees one position only: no tensor of shape ``(B, T, V)``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -23,6 +23,7 @@ from onlinesel.kernels import (
     shift_labels,
     token_scores,
 )
+from onlinesel.kernels._shards import gathered, shared_out
 from onlinesel.types import Signals
 
 __all__ = ["CausalLMScorer", "evaluating", "unwrap"]
@@ -199,18 +200,44 @@ class CausalLMScorer:
         # Prompt-learning adapters put virtual tokens in front of the row's own.
         return caught[0][:, -batch["input_ids"].shape[1] :]
 
-    def _head(self, core: nn.Module) -> LMHead:
-        """Return the head, rebuilt if it trains and the optimizer has stepped since."""
+    @contextmanager
+    def _head(self, core: nn.Module, *, sharded: bool = False) -> Iterator[LMHead]:
+        """Read the head: once per step if this rank holds it whole, else gathered for the moment.
+
+        Adapters on a head make a new weight, which is worth keeping; what was gathered from other
+        ranks is not, since it would stay in memory while the model trains.
+        """
+        module = core.get_output_embeddings()  # type: ignore[operator]
+        if shared_out(module):
+            with gathered(module):
+                yield LMHead.from_model(core, sharded=sharded)
+            return
+        if self._fresh is None or self._fresh[0] is not core:
+            self._fresh = (core, LMHead.from_model(core))
+        yield self._fresh[1]
+
+    def _derived(self, core: nn.Module, needs: Sequence[str]) -> dict[str, Any]:
+        """Return what derives from the head for these signals, rebuilt when it is stale.
+
+        That is ``head``, an outline, with ``gram`` and ``fold``; or the whole head alone under a
+        soft cap, which leaves no shortcut.
+        """
         trains = any(p.requires_grad for p in core.get_output_embeddings().parameters())  # type: ignore[operator]
         if self._built.get("core") is not core or (trains and self._age >= self._refresh_every):
-            self._built = {"core": core, "head": LMHead.from_model(core)}
-            self._age = 0
-        return self._built["head"]
-
-    def _derived(self, name: str, build: Callable[[], Any]) -> Any:
-        if name not in self._built:
-            self._built[name] = build()
-        return self._built[name]
+            self._built, self._age = {"core": core}, 0
+        built = self._built
+        wanted = {"nuclear_norm": "gram", "embedding": "fold"}
+        if "head" in built and all(wanted[name] in built for name in needs):
+            return built
+        with self._head(core, sharded=True) as head:
+            if head.softcap is not None:
+                return {"head": head.whole()}
+            built["head"] = head.outline()
+            if "nuclear_norm" in needs:
+                built["gram"] = HeadGram(built["head"], HeadGram(head).root())
+            if "embedding" in needs:
+                built["fold"] = self._make_projector(head).fold(head)
+        return built
 
     def _token_signals(
         self, hidden: Tensor, core: nn.Module, labels: Tensor, needs: Sequence[str]
@@ -218,11 +245,9 @@ class CausalLMScorer:
         wanted = {n: _TOKEN_OUTPUTS[n] for n in needs if n in _TOKEN_OUTPUTS}
         if not wanted:
             return {}
-        # Read once per step, however old W^T W may be: adapters on a head make a new weight.
-        if self._fresh is None or self._fresh[0] is not core:
-            self._fresh = (core, LMHead.from_model(core))
-        head = self._fresh[1]
-        scores = token_scores(hidden, head, labels, outputs=tuple(dict.fromkeys(wanted.values())))
+        outputs = tuple(dict.fromkeys(wanted.values()))
+        with self._head(core) as head:
+            scores = token_scores(hidden, head, labels, outputs=outputs)
         count = scores.mask.sum(dim=1).to(torch.float32)
         count = torch.where(count > 0, count, float("nan"))
         result = {}
@@ -240,26 +265,28 @@ class CausalLMScorer:
         labels: Tensor,
         needs: Sequence[str],
     ) -> dict[str, Tensor]:
-        if "nuclear_norm" not in needs and "embedding" not in needs:
+        wanted = [name for name in ("nuclear_norm", "embedding") if name in needs]
+        if not wanted:
             return {}
-        head, rows = self._head(core), None
+        rows = None
         if self._rows == "response":
             rows = labels.ne(IGNORED_LABEL)
         elif self._rows == "attention" and batch.get("attention_mask") is not None:
             rows = batch["attention_mask"].ne(0)
-        result = {}
-        if "nuclear_norm" in needs:
-            result["nuclear_norm"] = self._nuclear_norm(hidden, head, rows)
-        if "embedding" in needs:
-            projector = self._make_projector(head)
-            folded = head if head.softcap else self._derived("fold", lambda: projector.fold(head))
-            result["embedding"] = projector.project(
-                hidden, folded, rows, compact=self._projector_options.get("compact", True)
+        built, result = self._derived(core, wanted), {}
+        head = built["head"]
+        if "nuclear_norm" in wanted:
+            result["nuclear_norm"] = self._nuclear_norm(hidden, head, rows, built.get("gram"))
+        if "embedding" in wanted:
+            compact = self._projector_options.get("compact", True)
+            result["embedding"] = self._make_projector(head).project(
+                hidden, built.get("fold", head), rows, compact=compact
             )
         return result
 
-    def _nuclear_norm(self, hidden: Tensor, head: LMHead, rows: Tensor | None) -> Tensor:
-        gram = None if head.softcap else self._derived("gram", lambda: HeadGram(head))
+    def _nuclear_norm(
+        self, hidden: Tensor, head: LMHead, rows: Tensor | None, gram: HeadGram | None
+    ) -> Tensor:
         norm = logit_nuclear_norm(hidden, head, rows, gram=gram)
         if self._length == "raw":
             return norm
@@ -282,6 +309,7 @@ class CausalLMScorer:
         switch: AbstractContextManager[Any] = nullcontext()
         if isinstance(self.reference, nn.Module):
             model, core = self.reference, unwrap(self.reference)
+            switch = gathered(model)  # ZeRO-3 takes every model apart that is loaded under it
         elif self.reference == "adapter" and hasattr(core, "disable_adapter"):
             switch = core.disable_adapter()  # type: ignore[operator]
         else:

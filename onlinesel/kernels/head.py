@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from onlinesel.kernels._shards import is_sharded, local_rows, whole
 
 __all__ = ["LMHead"]
 
@@ -36,7 +38,8 @@ class LMHead:
     each step that trains them.
 
     Args:
-        weight: ``(V, d)`` floating point, one row per vocabulary entry.
+        weight: ``(V, d)`` floating point, one row per vocabulary entry. A DTensor serves sums over
+            the vocabulary (``HeadGram``, ``JLProjector.fold``); logits need it :meth:`whole`.
         bias: ``(V,)`` or None.
         scale: Factor on the logits, finite and not zero.
         softcap: Bound of the soft cap in logit units, positive, or None for no cap.
@@ -85,15 +88,17 @@ class LMHead:
             )
 
     @classmethod
-    def from_model(cls, model: Any) -> LMHead:
+    def from_model(cls, model: Any, *, sharded: bool = False) -> LMHead:
         """Read the head of a transformers-like causal language model.
 
         Works by the attributes of the model (``get_output_embeddings``, ``config``), so no
         framework is imported. DDP and PEFT wrappers are opened; LoRA adapters on the head itself
         are added to its weight; a sharded (DTensor) weight is gathered, which is a collective.
+        Parameters that ZeRO-3 has taken apart must be gathered by the caller.
 
         Args:
             model: The model, wrapped or not.
+            sharded: Leave a DTensor weight as it is, where no adapter is on it.
 
         Returns:
             The head, detached from autograd. ``scale`` and ``softcap`` come from the
@@ -123,7 +128,7 @@ class LMHead:
                 "LMHead(weight, bias) by hand."
             )
         with torch.no_grad():
-            weight, bias = _read_module(module)
+            weight, bias = _read_module(module, sharded)
         config = _text_config(getattr(inner, "config", None))
         return cls(weight.detach(), None if bias is None else bias.detach(), *_read_config(config))
 
@@ -136,6 +141,65 @@ class LMHead:
     def hidden_size(self) -> int:
         """Number of columns of the weight, ``d``."""
         return self.weight.shape[1]
+
+    def whole(self) -> LMHead:
+        """Return the head with its DTensors gathered, which is a collective.
+
+        Example:
+            >>> import torch
+            >>> head = LMHead(torch.eye(4))
+            >>> head.whole() is head
+            True
+        """
+        if not is_sharded(self.weight):
+            return self
+        bias = None if self.bias is None else whole(self.bias)
+        return LMHead(whole(self.weight), bias, self.scale, self.softcap)
+
+    def outline(self) -> LMHead:
+        """Return a head of the same form without numbers: it holds no memory.
+
+        It stands in where the weight has been reduced to a factor or a fold already.
+
+        Example:
+            >>> import torch
+            >>> LMHead(torch.eye(4), scale=2.0).outline().weight.device
+            device(type='meta')
+        """
+
+        def form(tensor: Tensor) -> Tensor:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+        bias = None if self.bias is None else form(self.bias)
+        return LMHead(form(self.weight), bias, self.scale, self.softcap)
+
+    def sum_over_vocabulary(
+        self, part: Callable[[slice, Tensor, Tensor | None], Tensor], chunk: int
+    ) -> Tensor:
+        """Sum a function of the weight's rows, chunk by chunk; over the ranks if it is sharded.
+
+        Each rank works on the rows that it holds, and the whole weight is nowhere in memory.
+
+        Args:
+            part: ``(entries, weight, bias) -> Tensor`` of one fixed shape, float64: the vocabulary
+                entries of a chunk, their rows ``(n, d)`` and biases ``(n,)`` or None.
+            chunk: Rows handed over at a time.
+
+        Returns:
+            The sum, the same on every rank.
+        """
+        held = local_rows(self.weight)
+        bias = None if self.bias is None else whole(self.bias)[held.first :]
+        total = None
+        # An empty chunk gives zeros of the right shape, for a rank that holds no row.
+        for start in range(0, max(held.values.shape[0], 1), chunk):
+            rows = held.values[start : start + chunk]
+            entries = slice(held.first + start, held.first + start + rows.shape[0])
+            offsets = None if bias is None else bias[start : start + rows.shape[0]]
+            found = part(entries, rows, offsets)
+            total = found if total is None else total + found
+        assert total is not None
+        return held.total(total)
 
     def accumulation_dtype(self, hidden: Tensor) -> torch.dtype:
         """Return float32, or float64 when the hidden states or the weight are float64."""
@@ -155,6 +219,7 @@ class LMHead:
             >>> LMHead(torch.eye(4)).part(1, 3, torch.float64).weight.shape
             torch.Size([2, 4])
         """
+        self._check_whole()
         bias = None if self.bias is None else self.bias[start:stop].to(dtype)
         return LMHead(self.weight[start:stop].to(dtype), bias, self.scale, self.softcap)
 
@@ -170,6 +235,7 @@ class LMHead:
         Returns:
             ``(..., V)`` float32, or float64 when an input is.
         """
+        self._check_whole()
         dtype = self.accumulation_dtype(hidden)
         # The factor goes on hidden, which is narrower than the logits.
         factor = self.scale if self.softcap is None else self.scale / self.softcap
@@ -180,6 +246,13 @@ class LMHead:
             bias = None if bias is None else bias * factor
         out = torch.nn.functional.linear(states, self.weight.to(dtype), bias)
         return out if self.softcap is None else out.tanh_().mul_(self.softcap)
+
+    def _check_whole(self) -> None:
+        if is_sharded(self.weight):
+            raise TypeError(
+                "LMHead: weight must be whole where logits are made, got a DTensor. "
+                "Call whole() first, on every rank."
+            )
 
 
 def check_hidden(owner: str, head: LMHead, hidden: Tensor, dims: int | None = None) -> None:
@@ -256,20 +329,21 @@ def _read_config(config: Any) -> tuple[float, float | None]:
     return 1.0 if scale is None else float(scale), None if softcap is None else float(softcap)
 
 
-def _read_module(module: Any) -> tuple[Tensor, Tensor | None]:
+def _read_module(module: Any, sharded: bool = False) -> tuple[Tensor, Tensor | None]:
     """Return the weight and bias a head module computes with, adapters included."""
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
         active = [] if module.disable_adapters else list(module.active_adapters)
         kept = module.modules_to_save
         chosen = kept[active[0]] if active and active[0] in kept else module.original_module
-        return _read_module(chosen)
+        return _read_module(chosen, sharded)
     if hasattr(module, "token_adapter"):  # PEFT's trainable tokens: only some rows are trained
         module = module.token_adapter
     if hasattr(module, "base_layer"):
         return _read_adapted(module)
-    weight = _whole(module.weight)
-    bias = getattr(module, "bias", None)
-    return weight, None if bias is None else _whole(bias)
+    weight, bias = module.weight, getattr(module, "bias", None)
+    if sharded:
+        return weight, bias
+    return whole(weight), None if bias is None else whole(bias)
 
 
 def _read_adapted(module: Any) -> tuple[Tensor, Tensor | None]:
@@ -300,14 +374,9 @@ def _read_adapted(module: Any) -> tuple[Tensor, Tensor | None]:
                 f"{type(module.lora_variant[name]).__name__}. Merge the adapter first."
             )
         # A float32 adapter on a bfloat16 base gives a float32 sum, which keeps the adapter's bits.
-        weight = weight + module.get_delta_weight(name).to(weight.device)
+        weight = weight + whole(module.get_delta_weight(name)).to(weight.device)
         shift = module.lora_B[name].bias
         if shift is not None:
-            shift = shift * module.scaling[name]
+            shift = whole(shift) * module.scaling[name]
             bias = shift if bias is None else bias + shift
     return weight, bias
-
-
-def _whole(tensor: Any) -> Tensor:
-    """Gather a DTensor; return any other tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -36,7 +36,10 @@ class HeadGram:
     the head; under a small learning rate every tenth step is enough for 1e-3.
 
     Args:
-        head: The head. A soft cap is allowed here but leaves no use for the factor.
+        head: The head. A soft cap is allowed here but leaves no use for the factor. Where its
+            weight is a DTensor cut by rows, each rank multiplies its own rows and the products
+            are summed over the ranks: :meth:`root` is then a collective.
+        root: The factor, if it is known; then ``head`` may be an outline.
 
     Example:
         >>> import torch
@@ -47,9 +50,9 @@ class HeadGram:
                 [ 0.,  4.]])
     """
 
-    def __init__(self, head: LMHead) -> None:
+    def __init__(self, head: LMHead, root: Tensor | None = None) -> None:
         self._head = head
-        self._root: Tensor | None = None
+        self._root = root
 
     @property
     def head(self) -> LMHead:
@@ -165,15 +168,14 @@ def _gram(head: LMHead) -> Tensor:
     # Squaring halves the digits, so the CPU, where float64 is cheap, multiplies in it as well.
     exact = weight.dtype == torch.float64 or weight.device.type == "cpu"
     dtype = torch.float64 if exact else torch.float32
-    size = head.hidden_size + (head.bias is not None)
-    total = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
-    for start in range(0, head.vocab_size, _VOCAB_CHUNK):
-        part = head.part(start, start + _VOCAB_CHUNK, dtype)
-        columns = part.weight
-        if part.bias is not None:
-            columns = torch.cat((columns, part.bias.unsqueeze(1)), 1)
-        total += columns.T @ columns
-    return total
+
+    def product(_: slice, rows: Tensor, bias: Tensor | None) -> Tensor:
+        columns = rows.to(dtype)
+        if bias is not None:
+            columns = torch.cat((columns, bias.to(dtype).unsqueeze(1)), 1)
+        return (columns.T @ columns).double()
+
+    return head.sum_over_vocabulary(product, _VOCAB_CHUNK)
 
 
 def _factor(matrix: Tensor) -> Tensor:

@@ -119,7 +119,8 @@ class JLProjector:
         Keep it until the weight changes; nothing detects a change (see ``HeadGram``).
 
         Args:
-            head: A head of ``vocab`` entries, without soft cap.
+            head: A head of ``vocab`` entries, without soft cap. Where its weight is a DTensor cut
+                by rows, each rank folds its own rows, and the sum over ranks is a collective.
 
         Returns:
             ``(d, vocab_dim)``, or ``(d + 1, vocab_dim)`` with a bias, whose row is the last;
@@ -136,15 +137,16 @@ class JLProjector:
             )
         weight = head.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        height = head.hidden_size + (head.bias is not None)
-        total = torch.zeros(height, self.vocab_dim, dtype=torch.float64, device=weight.device)
+
+        def product(entries: slice, rows: Tensor, bias: Tensor | None) -> Tensor:
+            columns = self._columns(entries.start, entries.stop, rows.device).to(dtype)
+            top = (rows.to(dtype).T @ columns).double()
+            if bias is None:
+                return top
+            return torch.cat((top, (bias.to(dtype) @ columns).double().unsqueeze(0)))
+
         with full_precision(weight.device):
-            for start in range(0, self.vocab, _VOCAB_CHUNK):
-                part = head.part(start, start + _VOCAB_CHUNK, dtype)
-                columns = self._columns(start, start + _VOCAB_CHUNK, weight.device).to(dtype)
-                total[: head.hidden_size] += part.weight.T @ columns
-                if part.bias is not None:
-                    total[head.hidden_size] += part.bias @ columns
+            total = head.sum_over_vocabulary(product, _VOCAB_CHUNK)
         return (total * head.scale).to(dtype)
 
     def project(

@@ -1,0 +1,119 @@
+"""Run by torchrun on two processes: heads of which each rank holds half of the rows.
+
+Prints a line for each case that holds; the test counts them.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from onlinesel.kernels import HeadGram, JLProjector, LMHead
+from onlinesel.scoring import CausalLMScorer
+from tests.callbacks.hosts import collate, make_model, make_rows
+from tests.kernels.no_logits import LargestTensor
+
+VOCAB = 65  # not divisible by two: one rank holds 33 rows, the other 32
+NEEDS = ("loss", "entropy", "el2n", "nuclear_norm", "embedding")
+OPTIONS = {"projector": {"vocab_dim": 8, "time_dim": 2, "scale": "unit"}}
+
+
+def batch() -> dict[str, torch.Tensor]:
+    return collate(make_rows(10)[dist.get_rank() :: 2])
+
+
+def scored(tied: bool, apart: bool, mesh: Any) -> None:
+    """Scores of a sharded model are those of the whole one, before and after a step."""
+    model = make_model(vocab_size=VOCAB, tie_word_embeddings=tied)
+    alone = copy.deepcopy(model)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    if apart:  # a head of its own is sharded again as soon as it has been used
+        fully_shard(model.lm_head, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    assert model.lm_head.weight.to_local().shape[0] == (33, 32)[dist.get_rank()]
+    scorers = [CausalLMScorer(NEEDS, **OPTIONS) for _ in range(2)]
+    for step in range(2):
+        found, expected = (s(m, batch()) for s, m in zip(scorers, (model, alone), strict=True))
+        for name in NEEDS:
+            ours, theirs = getattr(found, name), getattr(expected, name)
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, msg=f"{name} {step}")
+        # One step of plain descent on a loss that is the same on both ranks.
+        for m in (model, alone):
+            whole = collate(make_rows(4))
+            m.train()(**whole, use_cache=False).loss.backward()
+            torch.optim.SGD(m.parameters(), lr=0.5).step()
+            m.zero_grad()
+        for scorer in scorers:
+            scorer.advance()
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    same(f"scored tied={tied} apart={apart}")
+
+
+class Biased(nn.Module):
+    def __init__(self, vocab: int) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.lm_head = nn.Linear(32, vocab, dtype=torch.float64)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+
+def reduced(vocab: int, mesh: Any) -> None:
+    """W^T W and W^T P come from each rank's own rows; no rank builds the head."""
+    model = Biased(vocab)
+    projector = JLProjector(vocab, 16, vocab_dim=4, time_dim=2)
+    plain = LMHead.from_model(model)
+    expected = HeadGram(plain).root(), projector.fold(plain)
+    fully_shard(model, mesh=mesh)
+    head = LMHead.from_model(model, sharded=True)
+    assert isinstance(head.weight, DTensor)
+    with LargestTensor() as largest:
+        root, folded = HeadGram(head).root(), projector.fold(head)
+    if vocab > 100:
+        assert largest.numel <= (vocab + 1) // 2 * 33, largest.numel
+    for ours, theirs in ((root.T @ root, expected[0].T @ expected[0]), (folded, expected[1])):
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-12
+    assert torch.equal(LMHead.from_model(model).weight, plain.weight)
+    assert torch.equal(head.whole().weight, plain.weight)
+    for use in (lambda: head.logits(torch.ones(1, 32)), lambda: head.part(0, 1, torch.float32)):
+        with pytest.raises(TypeError, match="LMHead: weight must be whole where logits are made"):
+            use()
+    same(f"reduced {vocab}")
+
+
+def cut_otherwise(mesh: Any) -> None:
+    """A weight that is cut by columns, or not cut, gives the same through the whole one."""
+    weight = torch.randn(65, 32, generator=torch.Generator().manual_seed(2))
+    expected = HeadGram(LMHead(weight)).root()
+    for placement in (Shard(1), Replicate()):
+        head = LMHead(distribute_tensor(weight, mesh, [placement]))
+        torch.testing.assert_close(HeadGram(head).root(), expected)
+    same("cut otherwise")
+
+
+def same(case: str) -> None:
+    dist.barrier()
+    if dist.get_rank() == 0:
+        print("same", case, flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    two = init_device_mesh("cpu", (2,))
+    for vocabulary in (1, 3, 65, 4097):
+        reduced(vocabulary, two)
+    cut_otherwise(two)
+    for ties, alone_sharded in ((False, False), (True, False), (False, True)):
+        scored(ties, alone_sharded, two)
+    dist.destroy_process_group()

@@ -1,0 +1,34 @@
+"""Start a module of the tests on two processes, and fail rather than wait for ever."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def torchrun(
+    module: str, *arguments: str, port: int, timeout: int = 200, processes: int = 2
+) -> str:
+    """Run ``tests.<module>`` under torchrun; returns what it printed.
+
+    Args:
+        module: Below ``tests``, with dots.
+        *arguments: Of its command line.
+        port: Distinct for each launch that may run at the same time.
+        timeout: Seconds after which the launch has failed.
+        processes: Number of ranks.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    command += [f"--master_port={port}", "-m", f"tests.{module}", *arguments]
+    # DeepSpeed compiles an operation on its first use, with the ninja of this environment.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": path}
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return done.stdout
