@@ -139,9 +139,9 @@ class ODM(Mixture):
     def proportions(self, state: State) -> Tensor:
         """Return the distribution of the next step."""
         done = int(state["steps"])
-        return state["initial"] if done < self.warmup else exp3_proportions(
-            state["reward"], done + 1
-        )
+        if done < self.warmup:
+            return state["initial"]
+        return exp3_proportions(state["reward"], done + 1)
 
     def observe(
         self,
