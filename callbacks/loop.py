@@ -17,7 +17,8 @@ from torch import nn
 from onlinesel.callbacks._source import MicroBatch, Score, StepSource
 from onlinesel.distributed import rank, sum_over_ranks, world_size
 from onlinesel.report.runlog import RunLog
-from onlinesel.selector import Selector
+from onlinesel.selector import Selector, describe
+from onlinesel.step import Decision
 from onlinesel.types import Strategy
 
 __all__ = ["MicroBatch", "Step", "Steps", "steps"]
@@ -31,14 +32,17 @@ class Step:
     Attributes:
         index: Number of the optimizer step, from 0.
         micro_batches: What trains. Their number is the same on every rank.
-        metrics: Scalars about the decision, as the Trainer's log names them.
+        decisions: What was decided about which candidates, a pair per decision.
+        metrics: Scalars about the last decision, as the Trainer's log names them.
     """
 
     def __init__(
-        self, index: int, micro_batches: list[MicroBatch], metrics: dict[str, float], engine: Any
+        self, index: int, micro_batches: list[MicroBatch], decisions: list[Decision], engine: Any
     ) -> None:
-        self.index, self.micro_batches, self.metrics = index, micro_batches, metrics
-        self._engine, self._values = engine, []  # type: ignore[var-annotated]
+        self.index, self.micro_batches, self.decisions = index, micro_batches, decisions
+        found = describe(*decisions[-1]) if decisions else {}
+        self.metrics = {f"selection/{name}": value for name, value in found.items()}
+        self._engine = engine
 
     def __len__(self) -> int:
         return len(self.micro_batches)
@@ -98,9 +102,7 @@ class Steps:
         for window in self._reader.windows():
             plan = self._source.plan(window, self.step)
             micro_batches = self._source.micro_batches(plan, self._factor)
-            metrics = self.selector.metrics()
-            named = {f"selection/{name}": value for name, value in metrics.items()}
-            yield Step(self.step, micro_batches, named, self._model)
+            yield Step(self.step, micro_batches, plan.decisions, self._model)
             self._finish()
             self._source.meter.fetch()
 

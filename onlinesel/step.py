@@ -30,7 +30,7 @@ from onlinesel.selector import Selector
 from onlinesel.types import Selection, Signals
 from onlinesel.weights import Weighing, total_weight
 
-__all__ = ["SCOPES", "StepPlan", "StepPlanner"]
+__all__ = ["SCOPES", "Decision", "StepPlan", "StepPlanner"]
 
 SCOPES = ("global", "rank", "batch")
 

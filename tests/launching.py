@@ -11,7 +11,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def torchrun(
-    module: str, *arguments: str, port: int, timeout: int = 200, processes: int = 2
+    module: str,
+    *arguments: str,
+    port: int,
+    timeout: int = 200,
+    processes: int = 2,
+    restarts: int = 0,
 ) -> str:
     """Run ``tests.<module>`` under torchrun; returns what it printed.
 
@@ -21,9 +26,11 @@ def torchrun(
         port: Distinct for each launch that may run at the same time.
         timeout: Seconds after which the launch has failed.
         processes: Number of ranks.
+        restarts: How often all ranks begin anew after one has died.
     """
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    command += [f"--master_port={port}", "-m", f"tests.{module}", *arguments]
+    command += [f"--max-restarts={restarts}", f"--master_port={port}"]
+    command += ["-m", f"tests.{module}", *arguments]
     # DeepSpeed compiles an operation on its first use, with the ninja of this environment.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": path}

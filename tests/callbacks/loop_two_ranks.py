@@ -1,0 +1,173 @@
+"""Run by torchrun on two processes: plain loops under DDP and FSDP2; what trained goes to JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, IterableDataset
+
+import onlinesel
+from onlinesel.callbacks import loop
+from onlinesel.strategies import UDS, InfoBatch, LossReweight, SelectiveBackprop, TopLoss, Uniform
+from tests.callbacks.hosts import collate, make_rows
+from tests.callbacks.loop_hosts import make_loader, make_model, sgd, train
+from tests.callbacks.two_ranks import KeepIds, poisoned
+
+ACCUMULATE = (1, 2)
+
+
+def wrap(engine: str, model: Any) -> Any:
+    if engine == "ddp":
+        return DistributedDataParallel(model)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    return model
+
+
+def whole(model: Any) -> dict[str, torch.Tensor]:
+    model = model.module if hasattr(model, "module") else model
+    return {
+        n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for n, p in model.named_parameters()
+    }
+
+
+def scenarios() -> dict[str, dict[str, Any]]:
+    """One optimizer step each, but for `ragged`, whose last step has a row for one rank only."""
+    subset = {"strategy": TopLoss(), "candidates": 3}
+    found: dict[str, dict[str, Any]] = {}
+    for n in ACCUMULATE:
+        found[f"subset-{n}"] = {**subset, "accumulate": n}
+        found[f"weights-{n}"] = {"strategy": LossReweight(min_rows=2), "accumulate": n}
+    return found | {
+        "observing": {"strategy": InfoBatch(), "accumulate": 2},
+        "uds": {"strategy": UDS(), "candidates": 2},
+        "rank": {**subset, "scope": "rank", "accumulate": 2},
+        "batch": {**subset, "scope": "batch", "accumulate": 2},
+        "one-rank-empty": {"strategy": KeepIds((19,)), "candidates": 2},
+        "nothing-kept": {"strategy": KeepIds(()), "candidates": 2},
+        "one-rank-nan": {**subset, "score": poisoned(1)},
+        "all-nan": {**subset, "score": poisoned(None)},
+    }
+
+
+def run(folder: Path, engine: str, name: str, options: dict[str, Any]) -> None:
+    model = wrap(engine, make_model())
+    steps = onlinesel.steps(make_loader(), model, options.pop("strategy"), **options)
+    torch.save(whole(model), folder / "before.pt")
+    (done,) = train(steps, model, sgd(model), stop=1)
+    save(folder, f"{engine}-{name}", done, model)
+
+
+def save(folder: Path, name: str, content: Any, model: Any = None) -> None:
+    (folder / f"{name}-{dist.get_rank()}.json").write_text(json.dumps(content))
+    if model is not None:
+        torch.save(whole(model), folder / f"{name}-{dist.get_rank()}.pt")
+
+
+def ragged(folder: Path) -> None:
+    """Nine rows for two ranks of two: the last step has one row, and rank 1 none of its own."""
+    model = wrap("ddp", make_model())
+    loader = make_loader(rows=make_rows()[:9])
+    steps = onlinesel.steps(loader, model, Uniform(), accumulate=2)
+    save(folder, "ragged", [len(steps), train(steps, model, sgd(model))], model)
+
+
+class Uneven(IterableDataset[Any]):
+    """A stream that is longer on rank 0."""
+
+    def __iter__(self) -> Any:
+        return iter(make_rows()[: 10 if dist.get_rank() == 0 else 5])
+
+
+def uneven(folder: Path) -> None:
+    model = wrap("ddp", make_model())
+    loader = DataLoader(Uneven(), batch_size=2, collate_fn=collate)
+    steps = onlinesel.steps(loader, model, TopLoss(), candidates=2)
+    save(folder, "uneven", train(steps, model, sgd(model)))
+
+
+def disagree(folder: Path, **changes: Any) -> None:
+    model = wrap("ddp", make_model())
+    try:
+        onlinesel.steps(make_loader(), model, **{"strategy": TopLoss(), **changes})
+    except ValueError as error:
+        save(folder, f"disagree-{next(iter(changes))}", str(error))
+
+
+def resume(folder: Path) -> None:
+    """Stop after one step on two ranks; and go on from the one step that one process did."""
+    options = {"strategy": SelectiveBackprop(), "candidates": 2, "accumulate": 2}
+    for scope in ("global", "rank"):
+        model = wrap("ddp", make_model())
+        steps = onlinesel.steps(make_loader(), model, **options, scope=scope)
+        done = train(steps, model, sgd(model), stop=1)
+        state = steps.state_dict()
+        save(folder, f"resume-{scope}", done)
+        if dist.get_rank() == 0:
+            torch.save({"steps": state, "model": whole(model)}, folder / f"resume-{scope}.ckpt")
+        again = onlinesel.steps(make_loader(), model, **options, scope=scope)
+        again.load_state_dict(state)
+        save(folder, f"resume-{scope}-rest", train(again, model, sgd(model)))
+    if (folder / "one.ckpt").exists():
+        model = wrap("ddp", make_model())
+        steps = onlinesel.steps(make_loader(), model, **options)
+        steps.load_state_dict(torch.load(folder / "one.ckpt"))
+        save(folder, "grown", train(steps, model, sgd(model)))
+
+
+def cost(folder: Path) -> None:
+    """CPU time of our own code over that of a run with nothing to choose, 1.1 M parameters."""
+    tokens = torch.randint(1, 2048, (320, 128), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "labels": row} for row in tokens.tolist()]
+    sizes = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4}
+    model = wrap("ddp", make_model(vocab_size=2048, max_position_embeddings=128, **sizes))
+    steps = onlinesel.steps(make_loader(8, rows=rows), model, Uniform())
+    source, spent = steps._source, 0.0
+
+    def timed(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal spent
+            began = time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent += time.process_time() - began
+
+        return call
+
+    for name in ("plan", "micro_batches", "finish"):
+        setattr(source, name, timed(getattr(source, name)))
+    began = time.process_time()
+    train(steps, model, sgd(model))
+    save(folder, "cost", [spent, time.process_time() - began])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    out = Path(sys.argv[1])
+    dist.init_process_group("gloo")
+    for engine in ("ddp", "fsdp2"):
+        for scenario, values in scenarios().items():
+            run(out, engine, scenario, values)
+    ragged(out)
+    uneven(out)
+    disagree(out, seed=dist.get_rank())
+    disagree(out, strategy=TopLoss(lowest=dist.get_rank() == 1))
+    resume(out)
+    cost(out)
+    assert loop._factor_of(torch.nn.parallel.DistributedDataParallel(make_model())) == 2.0
+    dist.destroy_process_group()
