@@ -234,14 +234,14 @@ def deal(owners: Tensor, ranks: int) -> Tensor:
         >>> deal(torch.tensor([0, 0, 0, 1]), 2).tolist()
         [0, 0, 1, 1]
     """
-    total = owners.shape[0]
-    quota = [total // ranks + (r < total % ranks) for r in range(ranks)]
+    total, device = owners.shape[0], owners.device
+    quota = torch.full((ranks,), total // ranks, device=device)
+    quota[: total % ranks] += 1
+    held = torch.bincount(owners, minlength=ranks)
+    order = owners.argsort(stable=True)
+    holder = owners[order]
+    place = torch.arange(total, device=device) - (held.cumsum(0) - held)[holder]
+    missing = (quota - held).clamp(min=0)
     target = owners.clone()
-    spare: list[int] = []
-    for rank in range(ranks):
-        spare += (owners == rank).nonzero().flatten().tolist()[quota[rank] :]
-    for rank in range(ranks):
-        missing = quota[rank] - min(quota[rank], int((owners == rank).sum()))
-        for _ in range(missing):
-            target[spare.pop(0)] = rank
+    target[order[place >= quota[holder]]] = torch.repeat_interleave(missing)
     return target

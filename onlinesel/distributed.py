@@ -8,7 +8,9 @@ int64 and scores as float32, separately: a float32 loses ids above 2**24.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,12 +21,12 @@ from onlinesel.batch import gather_rows, left_padded, token_width, widen
 from onlinesel.types import Signals
 
 __all__ = [
+    "Gathering",
+    "begin_gather",
     "check_agreement",
     "exchange_rows",
     "gather_signals",
     "rank",
-    "smallest_over_ranks",
-    "stack_over_ranks",
     "sum_over_ranks",
     "world_size",
 ]
@@ -40,10 +42,19 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def _gather(tensor: Tensor) -> list[Tensor]:
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return parts
+def _begin(tensor: Tensor) -> tuple[Tensor, Any]:
+    """Start to gather a tensor; return where all ranks' will lie, ``(W, *shape)``, and a handle."""
+    whole = tensor.new_empty(world_size() * tensor.shape[0], *tensor.shape[1:])
+    # torch 2.13 renamed the function and warns of the older name.
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    handle = getattr(dist, name)(whole, tensor.contiguous(), async_op=True)
+    return whole.view(world_size(), *tensor.shape), handle
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    whole, handle = _begin(tensor)
+    handle.wait()
+    return whole
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
@@ -55,25 +66,27 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return total
 
 
-def smallest_over_ranks(value: int, device: torch.device | str = "cpu") -> int:
-    """Return the smallest of a number that every rank gives."""
-    if world_size() == 1:
-        return value
-    found = torch.tensor(value, device=device)
-    dist.all_reduce(found, op=dist.ReduceOp.MIN)
-    return int(found)
+def _largest(numbers: Sequence[int], device: torch.device | str) -> list[int]:
+    """Return the largest value of each number over all ranks."""
+    values = torch.tensor(numbers, dtype=torch.int64, device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return [int(value) for value in values.tolist()]
 
 
-def stack_over_ranks(value: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Return the tensors of all ranks, of one shape, stacked in their order, on the CPU."""
-    return torch.stack(_gather(value.to(device)) if world_size() > 1 else [value]).cpu()
+def _digest(*parts: Any) -> int:
+    """Return 56 bits that differ, for all that matters, if any of the contents differ."""
+    state = hashlib.blake2b(digest_size=7)
+    for part in parts:
+        state.update(part)
+    return int.from_bytes(state.digest(), "little")
 
 
 def check_agreement(owner: str, *tensors: Tensor, device: torch.device | str = "cpu") -> None:
     """Raise on every rank if the ranks do not hold the same values.
 
     All ranks decide for themselves, which is exact as long as they compute the same bits; a
-    processor of another make or a seed of its own would send rows astray without a word.
+    processor of another make or a seed of its own would send rows astray without a word. Costs one
+    reduction of two numbers.
 
     Args:
         owner: Name used in the error.
@@ -85,46 +98,200 @@ def check_agreement(owner: str, *tensors: Tensor, device: torch.device | str = "
     """
     if world_size() == 1:
         return
-    content = b"".join(t.detach().cpu().contiguous().numpy().tobytes() for t in tensors)
-    digest = int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "little")
-    digests = torch.cat(_gather(torch.tensor([digest], device=device)))
-    if not bool((digests == digest).all()):
+    digest = _digest(*(t.detach().cpu().contiguous().numpy() for t in tensors))
+    # The largest digest and the negative of the smallest: equal where all ranks agree.
+    largest, smallest = _largest([digest, -digest], device)
+    if largest != -smallest:
+        digests = _gather(torch.tensor([digest], device=device))
         raise ValueError(
-            f"{owner}: ranks must reach the same decision, got digests {digests.tolist()}. Give "
-            "all ranks the same strategy, seed, checkpoint and kind of processor, or scope='rank'."
+            f"{owner}: ranks must reach the same decision, got digests "
+            f"{digests.flatten().tolist()}. Give all ranks the same strategy, seed, checkpoint "
+            "and kind of processor, or scope='rank'."
         )
 
 
+def _named(signals: Signals, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: value for name, value in signals.present().items() if value.dtype == dtype}
+
+
+def _block(named: Mapping[str, Tensor], rows: int, device: torch.device | str) -> Tensor:
+    """Lay tensors side by side, one row each, filled up with zeros to ``rows`` rows."""
+    flat = torch.cat([v.reshape(v.shape[0], -1) for v in named.values()], dim=1).to(device)
+    block = flat.new_zeros(rows, flat.shape[1])
+    block[: flat.shape[0]] = flat[:rows]
+    return block
+
+
+def _columns(named: Mapping[str, Tensor], whole: Tensor, real: Tensor) -> dict[str, Tensor]:
+    """Take apart what :func:`_block` laid out on each rank, ``(W, rows, width)``."""
+    rows = whole.flatten(0, 1) if bool(real.all()) else whole[real]
+    parts = rows.split([math.prod(v.shape[1:]) for v in named.values()], dim=1)
+    pairs = zip(named.items(), parts, strict=True)
+    return {name: part.reshape(-1, *value.shape[1:]) for (name, value), part in pairs}
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """Integer signals of all ranks on their way; from :func:`begin_gather`.
+
+    Attributes:
+        named: This rank's integers, by name.
+        size: Number of this rank's rows.
+        most: Rows that every rank sent, filled up with zeros.
+        sent: ``(1 + most * width,)`` number of rows, then the rows; kept until it has been sent.
+        whole: ``(W, 1 + most * width)`` where those of all ranks arrive.
+        handle: Of the collective; None without a process group.
+    """
+
+    named: dict[str, Tensor]
+    size: int
+    most: int
+    sent: Tensor
+    whole: Tensor
+    handle: Any
+
+    def wait(self) -> tuple[dict[str, Tensor], list[int]]:
+        """Return the integers of all ranks, on the CPU, and the number of rows of each rank.
+
+        Raises:
+            ValueError: A rank has more rows than ``most`` allows, on every rank.
+        """
+        if self.handle is None:
+            return dict(self.named), [self.size]
+        self.handle.wait()
+        whole = self.whole.cpu()
+        counts = whole[:, 0]
+        if int(counts.max()) > self.most:
+            raise ValueError(
+                f"begin_gather: most must be at least the rows of every rank, got {self.most} and "
+                f"ranks of {counts.tolist()[:8]} rows. Pass the largest number that a step can "
+                "have, or None."
+            )
+        if not self.named:
+            return {}, counts.tolist()
+        real = torch.arange(self.most) < counts[:, None]
+        rows = whole[:, 1:].unflatten(1, (self.most, -1))
+        return _columns(self.named, rows, real), counts.tolist()
+
+
+def begin_gather(
+    known: Signals, device: torch.device | str = "cpu", *, most: int | None = None
+) -> Gathering:
+    """Start to gather what is known without a forward: numbers of rows, ids, tokens, groups.
+
+    Pass the result to :func:`gather_signals` once the scores are there: the integers travel while
+    the model scores.
+
+    Args:
+        known: This rank's candidates; their integer signals are sent, the same ones on every rank.
+        device: Where the process group's tensors must live (the GPU for NCCL).
+        most: Rows that no rank exceeds, the same on every rank. Without it the ranks first find
+            the largest number among them, for which each waits for all others.
+
+    Example:
+        >>> import torch
+        >>> from onlinesel import Signals
+        >>> from onlinesel.distributed import begin_gather, gather_signals
+        >>> started = begin_gather(Signals(ids=torch.tensor([7, 9])))
+        >>> signals, counts = gather_signals(Signals(loss=torch.ones(2)), started=started)
+        >>> signals.ids.tolist(), signals.loss.tolist(), counts
+        ([7, 9], [1.0, 1.0], [2])
+    """
+    named, size = _named(known, torch.int64), known.size
+    if world_size() == 1:
+        nothing = torch.empty(0)
+        return Gathering(named, size, size, nothing, nothing, None)
+    if most is None:
+        (most,) = _largest([size], device)
+    sent = torch.tensor([size], dtype=torch.int64, device=device)
+    if named:
+        sent = torch.cat([sent, _block(named, most, device).flatten()])
+    return Gathering(named, size, most, sent, *_begin(sent))
+
+
 def gather_signals(
-    signals: Signals, device: torch.device | str = "cpu"
+    signals: Signals, device: torch.device | str = "cpu", *, started: Gathering | None = None
 ) -> tuple[Signals, list[int]]:
     """Concatenate the signals of all ranks, in the order of the ranks.
 
     Args:
         signals: This rank's candidates; ranks may hold different numbers of rows.
         device: Where the process group's tensors must live (the GPU for NCCL).
+        started: What :func:`begin_gather` returned for the same rows. Integer signals are taken
+            from there; ``signals`` need not hold them again.
 
     Returns:
         The signals of all candidates, the same bits on every rank (on the CPU), and the number of
         rows of each rank.
+
+    Raises:
+        ValueError: ``started`` is of other rows, or lacks an integer signal.
     """
+    started = begin_gather(signals, device) if started is None else started
+    integers, floats = _named(signals, torch.int64), _named(signals, torch.float32)
+    if started.size != signals.size or not started.named.keys() >= integers.keys():
+        raise ValueError(
+            "gather_signals: started must hold the integer signals of the same rows "
+            f"({sorted(integers)} of {signals.size}), got {sorted(started.named)} of "
+            f"{started.size}. Begin with everything that is known before the scores."
+        )
+    columns, counts = started.wait()
     if world_size() == 1:
-        return signals.to("cpu"), [signals.size]
-    counts = [int(c) for c in _gather(torch.tensor([signals.size], device=device))]
-    padded = max(counts)
-    columns: dict[str, Tensor] = {}
-    for dtype in (torch.int64, torch.float32):
-        named = {k: v for k, v in signals.present().items() if v.dtype == dtype}
-        if not named:
-            continue
-        flat = torch.cat([v.reshape(signals.size, -1) for v in named.values()], dim=1).to(device)
-        block = torch.zeros(padded, flat.shape[1], dtype=dtype, device=device)
-        block[: signals.size] = flat
-        whole = torch.cat([part[:n] for part, n in zip(_gather(block), counts, strict=True)]).cpu()
-        widths = [v[0].numel() for v in named.values()]
-        for (name, value), column in zip(named.items(), whole.split(widths, dim=1), strict=True):
-            columns[name] = column.reshape(-1, *value.shape[1:])
+        return Signals(**(floats | columns)).to("cpu"), counts
+    if floats:
+        rows = max(counts)
+        whole = _gather(_block(floats, rows, device)).cpu()
+        real = torch.arange(rows) < torch.tensor(counts)[:, None]
+        columns |= _columns(floats, whole, real)
     return Signals(**columns), counts
+
+
+def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {n: v for n, v in sorted(batch.items()) if isinstance(v, Tensor) and v.dim()}
+
+
+def _widened(
+    sample: dict[str, Any], batches: Sequence[Mapping[str, Any]], pad_id: int, device: Any
+) -> dict[str, Any]:
+    """Pad rows to the width of the widest rank, having checked that all have the same columns."""
+    # Not the second dimension: it is the width, or may look like it.
+    layout = {n: (str(v.dtype), v.dim(), *v.shape[2:]) for n, v in _tensors(sample).items()}
+    digest = _digest(repr(layout).encode())
+    widest, largest, smallest = _largest([token_width(sample) or 0, digest, -digest], device)
+    if largest != -smallest:
+        raise ValueError(
+            "exchange_rows: batches must have the same columns on all ranks, got others than "
+            f"{layout} (name: dtype, dimensions). Let the collator give every batch the same."
+        )
+    left = any(left_padded(batch) for batch in batches)
+    return widen(sample, widest, pad_id=pad_id, left=left)
+
+
+def _swap(
+    rows: Mapping[str, Tensor], give: list[int], take: list[int], device: torch.device | str
+) -> dict[str, Tensor]:
+    """Send rows to the ranks that shall have them, all columns in one collective.
+
+    Bytes travel: no backend knows every dtype, and one collective costs less than one a column.
+
+    Args:
+        rows: Columns of ``sum(give)`` rows in the order of their targets, or more.
+        give: Rows for each rank.
+        take: Rows from each rank.
+        device: Where the process group's tensors must live.
+    """
+    flat = (v.contiguous().view(v.shape[0], math.prod(v.shape[1:])) for v in rows.values())
+    columns = [v.view(torch.uint8) for v in flat]
+    packed = torch.cat(columns, dim=1)[: sum(give)].to(device)
+    arrived = packed.new_empty(sum(take), packed.shape[1])
+    dist.all_to_all_single(arrived, packed, take, give)
+    parts = arrived.split([column.shape[1] for column in columns], dim=1)
+    # A copy of its own starts where its dtype may start.
+    copies = [part.clone(memory_format=torch.contiguous_format).flatten() for part in parts]
+    return {
+        name: copy.view(v.dtype).view(sum(take), *v.shape[1:])
+        for (name, v), copy in zip(rows.items(), copies, strict=True)
+    }
 
 
 def exchange_rows(
@@ -138,6 +305,9 @@ def exchange_rows(
 ) -> tuple[dict[str, Any] | None, list[int]]:
     """Send rows to the ranks that will train them.
 
+    Each row goes to its new rank alone. All ranks know from the decision how many rows go where, so
+    they agree on the width of the rows and on nothing else before they send.
+
     Args:
         batches: This rank's candidate batches, with the same keys on every rank.
         local: ``(batch, row)`` of each of this rank's rows among the ``K``, in their order.
@@ -149,40 +319,35 @@ def exchange_rows(
     Returns:
         A batch of the rows that came to this rank (None if none did), and their positions among
         the ``K``, in the batch's order.
+
+    Raises:
+        ValueError: Batches of different columns, on every rank; or no process group.
     """
-    moved = (owners != targets).nonzero().flatten().tolist()
-    if not moved:
+    moves = owners != targets
+    if not bool(moves.any()):
         return None, []
-    me = rank()
-    mine = (owners == me).nonzero().flatten().tolist()
-    leaving = [local[mine.index(k)] for k in moved if int(owners[k]) == me]
-    # A rank that gives nothing still takes part, with a row of its own as the pattern.
-    sample = gather_rows(batches, leaving or [(0, 0)], pad_id=pad_id)
     if world_size() == 1:
         raise ValueError(
             "exchange_rows: targets must be 0 without a process group, got "
             f"{targets.tolist()}. Start torch.distributed first."
         )
-    sizes = [sum(int(owners[k]) == r for k in moved) for r in range(world_size())]
-    width = torch.tensor([token_width(sample) or 0], device=device)
-    dist.all_reduce(width, op=dist.ReduceOp.MAX)
-    left = any(left_padded(batch) for batch in batches)
-    sample = widen(sample, int(width), pad_id=pad_id, left=left)
-    arrived: dict[str, Any] = {}
-    for name in sorted(k for k, v in sample.items() if isinstance(v, Tensor) and v.dim()):
-        value = sample[name].to(device)
-        block = torch.zeros(max(sizes), *value.shape[1:], dtype=value.dtype, device=device)
-        block[: len(leaving)] = value[: len(leaving)]
-        whole = torch.cat([part[:n] for part, n in zip(_gather(block), sizes, strict=True)])
-        arrived[name] = whole
-    by_owner = sorted(moved, key=lambda k: int(owners[k]))
-    picked = [i for i, k in enumerate(by_owner) if int(targets[k]) == me]
-    if not picked:
+    held = owners == rank()
+    leaving = (held & moves).nonzero().flatten()
+    leaving = leaving[targets[leaving].argsort(stable=True)]
+    coming = ((targets == rank()) & moves).nonzero().flatten()
+    coming = coming[owners[coming].argsort(stable=True)]
+    places = [local[i] for i in (held.cumsum(0) - 1)[leaving].tolist()]
+    # A rank that gives nothing still takes part, with a row of its own as the pattern.
+    sample = gather_rows(batches, places or [(0, 0)], pad_id=pad_id)
+    sample = _widened(sample, batches, pad_id, device)
+    rows = _tensors(sample)
+    give = torch.bincount(targets[leaving], minlength=world_size()).tolist()
+    take = torch.bincount(owners[coming], minlength=world_size()).tolist()
+    arrived = _swap(rows, give, take, device)
+    if not len(coming):
         return None, []
-    index = torch.tensor(picked, device=device)
-    home = batches[0]
     batch = {
-        name: arrived[name][index].to(home[name].device) if name in arrived else value
-        for name, value in home.items()
+        name: arrived[name].to(value.device) if name in arrived else value
+        for name, value in batches[0].items()
     }
-    return batch, [by_owner[i] for i in picked]
+    return batch, coming.tolist()
