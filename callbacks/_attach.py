@@ -20,6 +20,7 @@ __all__ = [
     "check_loader",
     "check_trainer",
     "is_sft",
+    "is_zero3",
     "overridden",
     "refuse",
 ]
@@ -63,6 +64,12 @@ def refuse(argument: str, rule: str, got: object, remedy: str) -> None:
 def is_sft(trainer: Any) -> bool:
     """Return whether the trainer is TRL's SFTTrainer, whose loss comes from its fused head."""
     return any(cls.__name__ == "SFTTrainer" for cls in type(trainer).__mro__)
+
+
+def is_zero3(trainer: Any) -> bool:
+    """Return whether DeepSpeed will take the trainer's parameters apart."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return getattr(plugin, "zero_stage", None) == 3
 
 
 def check_arguments(candidates: object, scope: str, normalize: str) -> None:

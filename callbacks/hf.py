@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from onlinesel.callbacks import _attach
 from onlinesel.callbacks._checkpoint import load_selection, save_selection
+from onlinesel.callbacks._fused import FusedHeadScorer
 from onlinesel.callbacks._loss import LossTap, tapped_loss
 from onlinesel.callbacks._meter import StepMeter
 from onlinesel.distributed import gather_signals
@@ -126,7 +127,8 @@ class OnlineSelection(TrainerCallback):
         self.seed, self.shadow, self.ids = seed, shadow, ids
         self._reference = reference
         self._columns = _attach.carried_columns(trainer, ids, reference)
-        self._scorer = scorer or CausalLMScorer(
+        apart = _attach.is_sft(trainer) and _attach.is_zero3(trainer)
+        self._scorer = scorer or (FusedHeadScorer if apart else CausalLMScorer)(
             strategy.needs, reference=reference, **strategy.scorer_options
         )
         self._meter = StepMeter(record, self._facts() | {"name": type(strategy).__name__})

@@ -188,10 +188,13 @@ class CausalLMScorer:
             found["reference_loss"] = self._reference_loss(model, core, batch, labels)
         return Signals(**found)
 
+    @staticmethod
+    def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in batch.items() if k not in _NOT_INPUTS}
+
     def _hidden(self, model: nn.Module, core: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        inputs = {k: v for k, v in batch.items() if k not in _NOT_INPUTS}
         with evaluating(model), _catch_hidden(core, "CausalLMScorer") as caught:
-            model(**inputs, use_cache=False)
+            model(**self._inputs(batch), use_cache=False)
         if len(caught) != 1 or caught[0].dim() != 3:
             raise ValueError(
                 "CausalLMScorer: model must call its LM head once per forward, got "

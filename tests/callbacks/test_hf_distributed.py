@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests import launching
 from tests.callbacks.hosts import make_model, make_rows, reference_gradient, relative_error
-
-ROOT = Path(__file__).parents[2]
 
 
 def torchrun(script: str, *arguments: str, port: int, timeout: int = 200) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += [f"--master_port={port}", "-m", f"tests.callbacks.{script}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    return launching.torchrun(f"callbacks.{script}", *arguments, port=port, timeout=timeout)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from onlinesel import Selection, Signals, Strategy
 from onlinesel.callbacks.hf import OnlineSelection
+from onlinesel.kernels._shards import gathered
 from onlinesel.scoring import CausalLMScorer
 from onlinesel.strategies import InfoBatch, LossReweight, TopLoss, Uniform
 from tests.callbacks.hosts import attach, make_model, make_sft_trainer, make_trainer
@@ -75,7 +76,8 @@ def scenarios() -> dict[str, dict[str, Any]]:
     }
 
 
-def run(folder: Path, name: str, options: dict[str, Any]) -> None:
+def run(folder: Path, name: str, options: dict[str, Any]) -> Any:
+    """Train a step; what trained and the weights before and after go to files."""
     host = options.pop("host", make_trainer)
     model = make_model(lora=options.pop("lora", False))
     trainer = host(folder, model=model, **options.pop("trainer", {}))
@@ -88,8 +90,8 @@ def run(folder: Path, name: str, options: dict[str, Any]) -> None:
         planner = build(device)
         original = type(planner).plan
 
-        def plan(*args: Any) -> Any:
-            result = original(planner, *args)
+        def plan(*args: Any, **kwargs: Any) -> Any:
+            result = original(planner, *args, **kwargs)
             planned.update(
                 ids=[i.tolist() for i in result.ids],
                 weights=[w.tolist() for w in result.weights],
@@ -106,7 +108,9 @@ def run(folder: Path, name: str, options: dict[str, Any]) -> None:
     planned["loss"] = trainer.state.log_history[0]["loss"]
     rank = dist.get_rank()
     (folder / f"{name}-{rank}.json").write_text(json.dumps(planned))
-    torch.save(model.state_dict(), folder / f"{name}-after-{rank}.pt")
+    with gathered(model):
+        torch.save(model.state_dict(), folder / f"{name}-after-{rank}.pt")
+    return trainer
 
 
 def plain(folder: Path) -> None:

@@ -1,0 +1,96 @@
+"""Run by torchrun on two processes: the same steps under DDP and under DeepSpeed's ZeRO stages."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from onlinesel.strategies import UDS, LossReweight, RHOLoss, TopLoss
+from tests.callbacks.hosts import make_model, make_sft_trainer
+from tests.callbacks.two_ranks import KeepIds, poisoned, run
+
+ENGINES = ("ddp", "zero1", "zero2", "zero3")
+
+
+def deepspeed_config(stage: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",  # else 1.0, whatever the trainer is told
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        # Without it ZeRO-3 leaves parameters as small as these whole.
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+
+
+def scenarios() -> dict[str, dict[str, Any]]:
+    """Options of one process with all rows, or of two with half of them each."""
+    subset = {"strategy": TopLoss(), "candidates": 3}
+    weights = {"strategy": LossReweight(min_rows=2)}
+    twice = {"trainer": {"gradient_accumulation_steps": 2}}
+    thrice = {"trainer": {"gradient_accumulation_steps": 3}}
+    return {
+        "subset": subset,
+        "subset-accumulate": {**subset, **twice},
+        "weights": weights,
+        "weights-accumulate": {**weights, **twice},
+        "weights-sft": {**weights, "normalize": "tokens", "host": make_sft_trainer},
+        "rho": {
+            "strategy": RHOLoss(),
+            "candidates": 3,
+            "reference": make_model(initializer_range=0.1),
+        },
+        "uds": {"strategy": UDS(), "candidates": 3, **twice},
+        "one-rank-empty": {"strategy": KeepIds((44,)), "candidates": 2, **thrice},
+        "one-rank-nan": {**subset, "scorer": poisoned(1)},
+    }
+
+
+def take_apart(model: Any) -> None:
+    """Do to a model what loading it under ZeRO-3 does."""
+    import deepspeed
+
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    assert all(p.numel() == 0 and p.ds_numel > 0 for p in model.parameters())
+
+
+def assert_engine(trainer: Any, engine: str) -> None:
+    """The engine is what it is called, and has taken apart what it says."""
+    wrapped, parameters = trainer.model_wrapped, list(trainer.model.parameters())
+    if engine == "ddp":
+        assert type(wrapped).__name__ == "DistributedDataParallel"
+        return
+    stage = int(engine[-1])
+    assert type(wrapped).__name__ == "DeepSpeedEngine"
+    assert wrapped.zero_optimization_stage() == stage and wrapped.dp_world_size == 2
+    assert wrapped.zero_optimization_partition_gradients() == (stage > 1)
+    if stage == 3:
+        assert all(p.numel() == 0 and p.ds_tensor.numel() * 2 == p.ds_numel for p in parameters)
+    else:
+        assert all(p.numel() > 0 for p in parameters)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    for engine in ENGINES:
+        for name, options in scenarios().items():
+            changes = dict(options.pop("trainer", {}))
+            if engine != "ddp":
+                changes["deepspeed"] = deepspeed_config(int(engine[-1]))
+            if engine == "zero3" and "reference" in options:
+                take_apart(options["reference"])
+            trainer = run(folder, f"{engine}-{name}", {**options, "trainer": changes})
+            assert_engine(trainer, engine)
+            if dist.get_rank() == 0:
+                print("done", engine, name, flush=True)
+    dist.destroy_process_group()
