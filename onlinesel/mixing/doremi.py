@@ -18,7 +18,10 @@ loss of evenly drawn domains, averages ``a`` over the steps, and draws with that
 model. Here ``a`` is the proportion in which the domains of this very run are drawn from now on;
 that online use is ours, and no result of the paper speaks for it. The paper's use is
 :meth:`DoReMi.average` of a proxy run, given to :class:`onlinesel.mixing.FixedMixture`. The
-excess is clipped by row and not by token, and is a mean of rows and not of tokens.
+excess is clipped by row and not by token, and is a mean of rows and not of tokens. Evenly drawn
+domains are seen at every step, whatever their weight; ours are not, so ``smoothing`` is 0.05 here:
+with the paper's 1e-3 (:meth:`DoReMi.paper`) and four domains, one at the floor is drawn once in
+4,000 rows, and its excess stays what it was for as long.
 
 Cost: the reference loss of every observed row, once, or K numbers; O(N + K) a step.
 
@@ -90,12 +93,12 @@ class DoReMi(Mixture):
         >>> state = mixture.init(torch.tensor([50, 50]))
         >>> state = mixture.observe(torch.tensor([0, 1]), torch.tensor([1.5, 1.5]), state)
         >>> [round(share, 4) for share in mixture.proportions(state).tolist()]
-        [0.6223, 0.3777]
+        [0.6163, 0.3837]
     """
 
     reference: Sequence[float] | None = None
     eta: float = 1.0
-    smoothing: float = 1e-3
+    smoothing: float = 0.05
     initial: Sequence[float] | str = "uniform"
 
     needs: ClassVar[tuple[str, ...]] = ("loss", "reference_loss")
@@ -115,7 +118,8 @@ class DoReMi(Mixture):
             )
         if not 0 < self.smoothing <= 1:
             raise ValueError(
-                f"DoReMi: smoothing must be in (0, 1], got {self.smoothing}. Use the paper's 1e-3."
+                f"DoReMi: smoothing must be in (0, 1], got {self.smoothing}. "
+                "Use 0.05, or the paper's 1e-3."
             )
         object.__setattr__(self, "initial", normalized(self, "initial", self.initial))
         if not isinstance(self.initial, str) and min(self.initial) == 0:
@@ -123,6 +127,11 @@ class DoReMi(Mixture):
                 f"DoReMi: initial must be positive numbers, got {self.initial}. "
                 "A share of 0 cannot be multiplied up again; leave the domain's rows out instead."
             )
+
+    @classmethod
+    def paper(cls, reference: Sequence[float] | None = None) -> DoReMi:
+        """Return the settings of the paper's proxy run."""
+        return cls(reference, eta=1.0, smoothing=1e-3)
 
     def init(self, sizes: Tensor) -> State:
         """Return the first proportions, without any excess."""

@@ -90,6 +90,9 @@ class DomainSampler(Sampler[int]):
     :meth:`load_state_dict` gives the very rows that were drawn, in the proportions of then, and
     goes on from there. The host skips those it has trained.
 
+    **Cost.** About 3 microseconds a draw; 24 bytes a row in memory, none of them in the state, which
+    holds ``8 K`` bytes for each change of the proportions in the epoch.
+
     Args:
         domains: ``(rows,)`` int64, the domain of each row; any numbers.
         mixture: Sets the proportions. Where it takes one setting per domain, these are in ascending
@@ -156,6 +159,11 @@ class DomainSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return self._length
+
+    @property
+    def domains(self) -> Tensor:
+        """Domain of each row, as it was given: ``(rows,)`` int64."""
+        return self._labels[self._places]
 
     @property
     def proportions(self) -> Tensor:
