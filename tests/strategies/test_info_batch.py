@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
-from onlinesel import Selector, Signals, When
+from onlinesel import Ledger, Selector, Signals, When, _runs
 from onlinesel.strategies import InfoBatch
 from onlinesel.strategies.info_batch import prune_weights
 
@@ -79,6 +80,34 @@ def test_annealing_is_a_window() -> None:
     selector.observe(signals)
     assert selector.select(signals, step=9).weights.min() == 0.0
     assert selector.select(signals, step=10).weights.tolist() == [1.0] * 30
+
+
+def test_a_window_that_keeps_old_keys_changes_nothing() -> None:
+    """Runs of the ledger come and go; a combinator may keep the keys of those that went."""
+    with mock.patch.object(_runs, "SMALL", 1):
+        plain, inside = Selector(InfoBatch()), Selector(When(InfoBatch(), stop=10**6))
+        for step in range(60):
+            ids = torch.arange(step % 7, step % 7 + 1 + step % 5)
+            signals = Signals(ids=ids, loss=torch.full(ids.shape, 1.0 + step % 3))
+            weights = [selector.select(signals).weights for selector in (plain, inside)]
+            assert torch.equal(*weights)
+            for selector in (plain, inside):
+                selector.observe(signals)
+
+
+def test_ranks_that_decided_alone_are_united() -> None:
+    """Row 1 was seen twice on the first rank, row 2 once on each: the later rank counts."""
+    first = seen(InfoBatch(), [9.0, 9.0, 9.0])
+    first.observe(Signals(ids=torch.tensor([1]), loss=torch.tensor([5.0])))
+    second = Selector(InfoBatch())
+    second.observe(Signals(ids=torch.tensor([1, 2, 7]), loss=torch.tensor([4.0, 3.0, 1.0])))
+    states = [
+        {k.removeprefix("state."): v for k, v in s.state_dict()["tensors"].items()}
+        for s in (first, second)
+    ]
+    ledger = Ledger.from_state(InfoBatch().merge(states))
+    assert ledger.table["ids"].tolist() == [0, 1, 2, 7]
+    assert ledger.table["loss"].tolist() == [9.0, 5.0, 3.0, 1.0] and float(ledger.mean) == 4.5
 
 
 def test_observing_without_ids_is_refused() -> None:
