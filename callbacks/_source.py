@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from onlinesel.callbacks._meter import StepMeter
 from onlinesel.distributed import gather_signals, rank, world_size
 from onlinesel.loader import CandidateLoader, Candidates
 from onlinesel.report.runlog import RunLog
+from onlinesel.rows import FILLER_ID
 from onlinesel.scoring import CausalLMScorer, evaluating, unwrap
 from onlinesel.selector import Selector
 from onlinesel.step import SCOPES, StepPlan, StepPlanner
@@ -35,14 +38,16 @@ class MicroBatch:
         ids: ``(N,)`` int64.
         weights: ``(N,)``; 0 for a row that only keeps its rank in step with the others.
         last: Whether it is the last of its optimizer step.
+        weighing: Turns the losses of its rows into its part of the step's loss.
+        used: Whether it has.
         value: Its part of the step's loss, detached, once :meth:`loss` was called.
     """
 
-    def __init__(
-        self, batch: Any, ids: Tensor, weights: Tensor, weighing: Weighing, last: bool
-    ) -> None:
+    weighing: Weighing
+
+    def __init__(self, batch: Any, ids: Tensor, weights: Tensor, last: bool) -> None:
         self.batch, self.ids, self.weights, self.last = batch, ids, weights, last
-        self._weighing = weighing
+        self.used = False
         self.value: Tensor | None = None
 
     def loss(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -58,8 +63,8 @@ class MicroBatch:
         Returns:
             Scalar, differentiable, already multiplied by what the engine divides by.
         """
-        loss = self._weighing(losses, mask)
-        self.value = loss.detach() / self._weighing.factor
+        loss = self.weighing(losses, mask)
+        self.value = loss.detach() / self.weighing.factor
         return loss
 
 
@@ -143,8 +148,11 @@ class StepSource:
         accumulate: int | Callable[[], int],
         device: torch.device | str,
         call: Callable[[Callable[[Any], Any], Any], Any] | None = None,
+        core: nn.Module | None = None,
     ) -> CandidateLoader:
         """Take a loader and a model; returns the reader of the candidates.
+
+        A second call, for a new loader, leaves the selector as it stands.
 
         Args:
             loader: What gives the batches.
@@ -153,9 +161,10 @@ class StepSource:
             device: Where the model and the collectives need their tensors.
             call: How to call a function of the model, where an engine must be told; by default
                 the function is called with ``model``.
+            core: The model inside the wrappers; found by default.
         """
         self.device, self._model = torch.device(device), model
-        self._core = unwrap(model)
+        self._core = unwrap(model) if core is None else core
         self._call = call or (lambda function, model: function(model))
         self._check_scorer()
         check_settings(self.owner, self.facts(), self.device)
@@ -166,7 +175,7 @@ class StepSource:
             ids=self.ids, groups=self.groups, plan=self.strategy.epoch_plan, order=self.order,
             pad_id=pad_id, device=self.device,
         )  # fmt: skip
-        if self.scope != "global" and world_size() > 1:
+        if self.scope != "global" and world_size() > 1 and self.selector.step == 0:
             # Ranks that decide alone must not draw the same numbers for different rows.
             self.selector = Selector(self.strategy, seed=self.seed + 1_000_003 * rank())
         self._planner = StepPlanner(
@@ -214,13 +223,33 @@ class StepSource:
 
     def plan(self, window: Sequence[Candidates], step: int) -> StepPlan:
         """Decide about the candidates of one step, on the model's device."""
-        self._rebuild = window[0].rebuild
+        for part in window:
+            self._check_columns(part.columns, part.ids.shape[0])
+        self._rebuild, self._before = window[0].rebuild, self.selector.state_dict()
         batches = [self._moved(part.columns) for part in window]
         groups = None if window[0].groups is None else [_present(part.groups) for part in window]
         plan = self._planner.plan(batches, [part.ids for part in window], step, groups)
         self.meter.decided(plan)
         self._seen, self.open = [], True
         return plan
+
+    def _check_columns(self, columns: dict[str, Any], rows: int) -> None:
+        """Refuse what could not follow its rows, and a batch that the default scorer cannot read.
+
+        Any other value that is no tensor belongs to the whole batch.
+        """
+        lists = Counter(k.rpartition(".")[0] for k, v in columns.items() if isinstance(v, str))
+        for name, size in lists.items():
+            if size == rows and name:
+                self.refuse(
+                    "batch", "one whose rows are in tensors", f"{rows} strings at {name!r}",
+                    "Leave them out of the batch, or let it carry their row numbers.",
+                )  # fmt: skip
+        if self._default is not None and not is_causal(columns):
+            self.refuse(
+                "score", "given for a batch without 'input_ids' and 'labels' of one shape",
+                f"None with {', '.join(columns)}", "Write a function (model, batch) -> losses.",
+            )  # fmt: skip
 
     def _moved(self, columns: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -235,24 +264,18 @@ class StepSource:
             plan: The step.
             factor: What the engine divides the gradient by.
         """
-        last = len(plan.batches) - 1
-        return [
-            MicroBatch(
-                self._rebuild(batch), plan.ids[m], plan.weights[m],
-                plan.weighing(m, factor, self._noting(plan, m)), m == last,
-            )
-            for m, batch in enumerate(plan.batches)
-        ]  # fmt: skip
+        last, micro_batches = len(plan.batches) - 1, []
+        for m, batch in enumerate(plan.batches):
+            micro = MicroBatch(self._rebuild(batch), plan.ids[m], plan.weights[m], m == last)
+            micro.weighing = plan.weighing(m, factor, partial(self._note, micro))
+            micro_batches.append(micro)
+        return micro_batches
 
-    def _noting(self, plan: StepPlan, index: int) -> Callable[[Tensor], None] | None:
-        if not self.observing:
-            return None
-        ids, silent = plan.ids[index], plan.weights[index] == 0
-
-        def note(losses: Tensor) -> None:
-            self._seen.append((ids, losses.float().cpu().masked_fill(silent, torch.nan)))
-
-        return note
+    def _note(self, micro: MicroBatch, losses: Tensor) -> None:
+        micro.used = True
+        if self.observing:
+            silent = micro.weights == 0
+            self._seen.append((micro.ids, losses.float().cpu().masked_fill(silent, torch.nan)))
 
     def finish(self, step: int) -> None:
         """Learn from the rows that just trained, once per planned step."""
@@ -269,7 +292,8 @@ class StepSource:
             everywhere, _ = gather_signals(seen, self.device)
             self.selector.observe(everywhere if self.scope == "global" else seen)
             if hasattr(self.order, "observe"):
-                self.order.observe(everywhere.row_ids(), everywhere.require(self, "loss"))
+                real = everywhere.take(everywhere.row_ids() != FILLER_ID)
+                self.order.observe(real.row_ids(), real.require(self, "loss"))
         if self._default is not None:
             self._default.advance()
         self.reader.advance()
@@ -279,7 +303,8 @@ class StepSource:
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """Return everything that a resumed run needs: plain values and CPU tensors."""
-        states = [self.selector.state_dict()]
+        # Half a step cannot be resumed, its gradient being lost: it is decided anew then.
+        states = [self._before if self.open else self.selector.state_dict()]
         if self.scope != "global" and world_size() > 1:
             states = _gathered(states[0])
         return {

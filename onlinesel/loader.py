@@ -155,6 +155,9 @@ class CandidateLoader:
                 "Use shuffle=True and no sampler."
             )
         self.order = order if order is not None else taken_over
+        self._domains: Tensor | None = getattr(self.order, "domains", None)
+        # What the user said about batches; read now, because a stand-in takes its place later.
+        self._batching: Any = None if self._base is None else self._base.batch_sampler
         self.epoch = self.position = 0
         self._resumed = self._begun = False
         self._rng: Tensor | None = None
@@ -166,8 +169,7 @@ class CandidateLoader:
     @property
     def _size(self) -> int:
         """Candidate rows of one micro-batch of this rank, where the order is ours."""
-        assert self._base is not None and self._base.batch_size is not None
-        return self._base.batch_size * self.candidates
+        return self._batching.batch_size * self.candidates
 
     def micro_batches(self) -> int:
         """Return the number of candidate micro-batches of an epoch on this rank.
@@ -175,12 +177,30 @@ class CandidateLoader:
         Raises:
             TypeError: The loader has no length.
         """
+        return self._fitting(len(self.loader if self.order is None else self.order))
+
+    def ahead(self) -> int:
+        """Return how many of them are left, from where the epoch stands.
+
+        Raises:
+            TypeError: The loader has no length.
+        """
+        whole = len(self.loader if self.order is None else self.order)
+        return self._fitting(whole - self.position)
+
+    def behind(self) -> int:
+        """Return how many have trained, in whole windows of this number of ranks."""
         if self.order is None:
-            return -(-len(self.loader) // self.candidates)
-        row = self._size * world_size()
-        if self._drops_last:
-            return len(self.order) // (row * self._accumulate()) * self._accumulate()
-        return -(-len(self.order) // row)
+            return self.position // self.candidates
+        accumulate = self._accumulate()
+        return (self.micro_batches() - self.ahead()) // accumulate * accumulate
+
+    def _fitting(self, rest: int) -> int:
+        """Return the micro-batches that hold the next rows (batches, of a loader left as it is)."""
+        if self.order is None:
+            return -(-rest // self.candidates)
+        row, accumulate = self._size * world_size(), self._accumulate()
+        return rest // (row * accumulate) * accumulate if self._drops_last else -(-rest // row)
 
     def __len__(self) -> int:
         """Return the number of optimizer steps of an epoch."""
@@ -188,7 +208,7 @@ class CandidateLoader:
 
     @property
     def _drops_last(self) -> bool:
-        return self._base is not None and bool(self._base.drop_last)
+        return self._batching.drop_last
 
     # Reading --------------------------------------------------------------------------------
 
@@ -209,6 +229,10 @@ class CandidateLoader:
         """Note that the oldest window that was read has trained; a checkpoint counts those."""
         if self._costs:
             self.position += self._costs.popleft()
+
+    def end_epoch(self) -> None:
+        """Leave what is left of the epoch after :meth:`load_state_dict`: the next one follows."""
+        self._resumed = False
 
     def _own_windows(self) -> Iterator[list[Candidates]]:
         assert self.order is not None and self._base is not None
@@ -284,9 +308,8 @@ class CandidateLoader:
         ids = self._identify(columns, torch.cat(numbers) if numbers else None)
         names = [name for name in (self._groups, GROUP) if name in columns]
         groups = columns.pop(names[0]) if names else None
-        domains = getattr(self.order, "domains", None)
-        if groups is None and domains is not None:
-            groups = domains[ids.clamp(min=0)]
+        if groups is None and self._domains is not None:
+            groups = self._domains[ids.clamp(min=0)]
         if self._groups is not None and groups is None:
             _refuse_column("groups", self._groups, columns)
         return Candidates(columns, rebuild, ids, groups)
@@ -294,9 +317,11 @@ class CandidateLoader:
     def _identify(self, columns: dict[str, Any], numbers: Tensor | None) -> Tensor:
         name = "sample_id" if self._ids == "auto" else self._ids
         found = columns.pop(ROW_ID, None)
-        if self._ids != "hash" and name in columns:
+        if self._ids == "hash":
+            found = content_ids(columns)
+        elif name in columns:
             found = columns.pop(name)
-        elif self._ids not in ("auto", "hash"):
+        elif self._ids != "auto":
             _refuse_column("ids", self._ids, columns)
         if found is None:
             return content_ids(columns) if numbers is None else numbers
