@@ -33,15 +33,12 @@ class Step:
         index: Number of the optimizer step, from 0.
         micro_batches: What trains. Their number is the same on every rank.
         decisions: What was decided about which candidates, a pair per decision.
-        metrics: Scalars about the last decision, as the Trainer's log names them.
     """
 
     def __init__(
         self, index: int, micro_batches: list[MicroBatch], decisions: list[Decision], engine: Any
     ) -> None:
         self.index, self.micro_batches, self.decisions = index, micro_batches, decisions
-        found = describe(*decisions[-1]) if decisions else {}
-        self.metrics = {f"selection/{name}": value for name, value in found.items()}
         self._engine = engine
 
     def __len__(self) -> int:
@@ -53,6 +50,12 @@ class Step:
             if hasattr(self._engine, "set_gradient_accumulation_boundary"):
                 self._engine.set_gradient_accumulation_boundary(micro.last)
             yield micro
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Scalars about the last decision, under the names of the Trainer's log."""
+        found = describe(*self.decisions[-1]) if self.decisions else {}
+        return {f"selection/{name}": value for name, value in found.items()}
 
     def mean_loss(self) -> float:
         """Return the step's loss over all micro-batches and ranks; every rank must call it."""

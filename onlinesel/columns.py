@@ -11,6 +11,8 @@ from typing import Any
 
 __all__ = ["Columns", "as_columns"]
 
+_MISSING = object()
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -29,7 +31,8 @@ def as_columns(batch: Any) -> Columns:
     """Take a batch apart into its leaves.
 
     Mappings become plain dicts when they are put together again; tuples, named tuples, lists and
-    dataclasses keep their type.
+    dataclasses keep their type. Leaves that are missing then are left out, or None in named tuples
+    and dataclasses, whose places are fixed.
 
     Args:
         batch: Nested mappings, tuples, lists and dataclasses of tensors and other values.
@@ -50,7 +53,7 @@ def _take_apart(part: Any, path: str, found: dict[str, Any]) -> Callable[[Mappin
     items = _children(part)
     if items is None:
         found[path or "batch"] = part
-        return lambda values: values[path or "batch"]
+        return lambda values: values.get(path or "batch", _MISSING)
     start = f"{path}." if path else ""
     builders = {name: _take_apart(child, f"{start}{name}", found) for name, child in items.items()}
     return lambda values: _assemble(part, {n: build(values) for n, build in builders.items()})
@@ -67,11 +70,15 @@ def _children(part: Any) -> dict[Any, Any] | None:
 
 
 def _assemble(pattern: Any, children: dict[Any, Any]) -> Any:
-    if isinstance(pattern, Mapping):
-        return children
     if is_dataclass(pattern) and not isinstance(pattern, type):
-        return replace(pattern, **children)
-    values = list(children.values())
-    if isinstance(pattern, list):
-        return values
-    return type(pattern)(*values) if hasattr(pattern, "_fields") else tuple(values)
+        return replace(pattern, **{k: _or_none(v) for k, v in children.items()})
+    if hasattr(pattern, "_fields"):
+        return type(pattern)(*map(_or_none, children.values()))
+    present = {k: v for k, v in children.items() if v is not _MISSING}
+    if isinstance(pattern, Mapping):
+        return present
+    return list(present.values()) if isinstance(pattern, list) else tuple(present.values())
+
+
+def _or_none(value: Any) -> Any:
+    return None if value is _MISSING else value

@@ -29,13 +29,19 @@ def torchrun(
         restarts: How often all ranks begin anew after one has died.
     """
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    command += [f"--max-restarts={restarts}", f"--master_port={port}"]
+    if restarts:
+        command += [f"--max-restarts={restarts}", "--rdzv-backend=c10d"]
+        command += [f"--rdzv-endpoint=localhost:{port}"]
+    else:
+        command += [f"--master_port={port}"]
     command += ["-m", f"tests.{module}", *arguments]
     # DeepSpeed compiles an operation on its first use, with the ninja of this environment.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": path}
+    # torch 2.13 shares one store between attempts, which still holds the addresses of the dead.
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment
     )
-    assert done.returncode == 0, done.stderr[-6000:]
+    assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-6000:]}"
     return done.stdout

@@ -20,21 +20,69 @@ import onlinesel
 from onlinesel.callbacks import loop
 from onlinesel.strategies import UDS, InfoBatch, LossReweight, SelectiveBackprop, TopLoss, Uniform
 from tests.callbacks.hosts import collate, make_rows
-from tests.callbacks.loop_hosts import make_loader, make_model, sgd, train
+from tests.callbacks.loop_hosts import make_loader, make_model, sgd, token_losses, train
 from tests.callbacks.two_ranks import KeepIds, poisoned
 
 ACCUMULATE = (1, 2)
 
 
-def wrap(engine: str, model: Any) -> Any:
+def wrap(engine: str, model: Any, accumulate: int = 1) -> Any:
     if engine == "ddp":
         return DistributedDataParallel(model)
+    if engine.startswith("zero"):
+        return deepspeed_engine(int(engine[-1]), model, accumulate)
     mesh = init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     assert all(isinstance(p, DTensor) for p in model.parameters())
     return model
+
+
+def deepspeed_engine(stage: int, model: Any, accumulate: int) -> Any:
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=sgd(model), config=config, dist_init_required=False
+    )
+    assert engine.zero_optimization_stage() == stage
+    if stage == 3:
+        assert all(p.numel() == 0 for p in model.parameters())
+    return engine
+
+
+def zero(folder: Path, stage: int) -> None:
+    """A whole step and one of a single micro-batch, which the engine must not wait behind."""
+    import deepspeed
+
+    for name, options in (
+        ("subset", {"strategy": TopLoss(), "candidates": 3}),
+        ("weights", {"strategy": LossReweight(min_rows=2)}),
+    ):
+        engine = wrap(f"zero{stage}", make_model(), accumulate=2)
+        loader = make_loader(rows=make_rows()[: 12 * options.get("candidates", 1)])
+        steps = onlinesel.steps(loader, engine, options.pop("strategy"), accumulate=2, **options)
+        done: list[Any] = []
+        for step in steps:
+            for micro in step:
+                engine.backward(micro.loss(token_losses(engine, micro.batch)))
+                engine.step()
+            done.append(
+                {
+                    "ids": [micro.ids.tolist() for micro in step.micro_batches],
+                    "weights": [micro.weights.tolist() for micro in step.micro_batches],
+                }
+            )
+            with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+                save(folder, f"zero{stage}-{name}-{step.index}", done[-1], engine.module)
 
 
 def whole(model: Any) -> dict[str, torch.Tensor]:
@@ -169,5 +217,7 @@ if __name__ == "__main__":
     disagree(out, strategy=TopLoss(lowest=dist.get_rank() == 1))
     resume(out)
     cost(out)
+    for number in (1, 2, 3):
+        zero(out, number)
     assert loop._factor_of(torch.nn.parallel.DistributedDataParallel(make_model())) == 2.0
     dist.destroy_process_group()

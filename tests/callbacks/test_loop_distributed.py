@@ -93,6 +93,27 @@ def test_a_step_without_rows_moves_nothing(folder: Path, engine: str, name: str)
         assert step["loss"] == 0.0 and step["weights"] == [[0.0]]
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("name", ["subset", "weights"])
+def test_a_deepspeed_engine_applies_each_steps_gradient(
+    folder: Path, stage: int, name: str
+) -> None:
+    """12 rows in steps of 8: the second has one micro-batch where the engine accumulates two."""
+    before, model = torch.load(folder / "before.pt"), make_model()
+    normalize = "tokens" if name == "subset" else "samples"
+    for index in range(2):
+        ranks = read(folder, f"zero{stage}-{name}-{index}")
+        rows = together(ranks)
+        assert len(rows) == (8, 4)[index]
+        model.load_state_dict(before)
+        gradient, _ = reference_gradient(
+            model, make_rows(), list(rows), list(rows.values()), normalize
+        )
+        after = torch.load(folder / f"zero{stage}-{name}-{index}-0.pt")
+        assert relative_error(before, after, gradient) < 5e-6
+        before = after
+
+
 def test_a_rank_without_a_row_of_its_own_keeps_step(folder: Path) -> None:
     (length, first), (_, second) = read(folder, "ragged")
     assert length == 2 and len(first) == len(second) == 2
