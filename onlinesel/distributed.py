@@ -1,8 +1,9 @@
 """Collectives of the decision: gather what the ranks know, move the rows that change rank.
 
 Every function here is called by all ranks at the same point, with the same number and shapes of
-collectives whatever the data hold. Without a process group each is the identity. Ids travel as
-int64 and scores as float32, separately: a float32 loses ids above 2**24.
+collectives whatever the data hold. Without a process group each is the identity. Columns travel
+side by side as bytes: a float32 would lose ids above 2**24, no backend knows every dtype, and for
+a thousand ranks one collective more costs more than all that they send.
 """
 
 from __future__ import annotations
@@ -110,36 +111,33 @@ def check_agreement(owner: str, *tensors: Tensor, device: torch.device | str = "
         )
 
 
-def _named(signals: Signals, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: value for name, value in signals.present().items() if value.dtype == dtype}
+def _packed(columns: Mapping[str, Tensor], device: torch.device | str) -> Tensor:
+    """Lay columns of ``n`` rows side by side as bytes: ``(n, bytes)`` uint8."""
+    flat = (v.contiguous().view(v.shape[0], math.prod(v.shape[1:])) for v in columns.values())
+    return torch.cat([v.view(torch.uint8) for v in flat], dim=1).to(device)
 
 
-def _block(named: Mapping[str, Tensor], rows: int, device: torch.device | str) -> Tensor:
-    """Lay tensors side by side, one row each, filled up with zeros to ``rows`` rows."""
-    flat = torch.cat([v.reshape(v.shape[0], -1) for v in named.values()], dim=1).to(device)
-    block = flat.new_zeros(rows, flat.shape[1])
-    block[: flat.shape[0]] = flat[:rows]
-    return block
-
-
-def _columns(named: Mapping[str, Tensor], whole: Tensor, real: Tensor) -> dict[str, Tensor]:
-    """Take apart what :func:`_block` laid out on each rank, ``(W, rows, width)``."""
-    rows = whole.flatten(0, 1) if bool(real.all()) else whole[real]
-    parts = rows.split([math.prod(v.shape[1:]) for v in named.values()], dim=1)
-    pairs = zip(named.items(), parts, strict=True)
-    return {name: part.reshape(-1, *value.shape[1:]) for (name, value), part in pairs}
+def _unpacked(rows: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take apart rows of bytes into columns as those that were packed."""
+    sizes = [math.prod(v.shape[1:]) * v.element_size() for v in like.values()]
+    # A copy of its own starts where its dtype may start.
+    parts = [p.clone(memory_format=torch.contiguous_format) for p in rows.split(sizes, dim=1)]
+    return {
+        name: part.flatten().view(v.dtype).view(rows.shape[0], *v.shape[1:])
+        for (name, v), part in zip(like.items(), parts, strict=True)
+    }
 
 
 @dataclass(frozen=True)
 class Gathering:
-    """Integer signals of all ranks on their way; from :func:`begin_gather`.
+    """Signals of all ranks on their way; from :func:`begin_gather`.
 
     Attributes:
-        named: This rank's integers, by name.
+        named: This rank's signals, by name.
         size: Number of this rank's rows.
-        most: Rows that every rank sent, filled up with zeros.
-        sent: ``(1 + most * width,)`` number of rows, then the rows; kept until it has been sent.
-        whole: ``(W, 1 + most * width)`` where those of all ranks arrive.
+        most: Rows that every rank sends, filled up with zeros.
+        sent: ``(8 + most * bytes,)`` number of rows, then the rows; kept until it has been sent.
+        whole: ``(W, 8 + most * bytes)`` where those of all ranks arrive.
         handle: Of the collective; None without a process group.
     """
 
@@ -151,7 +149,7 @@ class Gathering:
     handle: Any
 
     def wait(self) -> tuple[dict[str, Tensor], list[int]]:
-        """Return the integers of all ranks, on the CPU, and the number of rows of each rank.
+        """Return the signals of all ranks, on the CPU, and the number of rows of each rank.
 
         Raises:
             ValueError: A rank has more rows than ``most`` allows, on every rank.
@@ -160,30 +158,29 @@ class Gathering:
             return dict(self.named), [self.size]
         self.handle.wait()
         whole = self.whole.cpu()
-        counts = whole[:, 0]
+        counts = whole[:, :8].clone().view(torch.int64)
         if int(counts.max()) > self.most:
             raise ValueError(
                 f"begin_gather: most must be at least the rows of every rank, got {self.most} and "
-                f"ranks of {counts.tolist()[:8]} rows. Pass the largest number that a step can "
+                f"ranks of up to {int(counts.max())} rows. Pass the largest number that a step can "
                 "have, or None."
             )
-        if not self.named:
-            return {}, counts.tolist()
-        real = torch.arange(self.most) < counts[:, None]
-        rows = whole[:, 1:].unflatten(1, (self.most, -1))
-        return _columns(self.named, rows, real), counts.tolist()
+        rows = whole[:, 8:].unflatten(1, (self.most, -1))
+        real = torch.arange(self.most) < counts
+        found = rows.flatten(0, 1) if bool(real.all()) else rows[real]
+        return _unpacked(found, self.named), counts.flatten().tolist()
 
 
 def begin_gather(
     known: Signals, device: torch.device | str = "cpu", *, most: int | None = None
 ) -> Gathering:
-    """Start to gather what is known without a forward: numbers of rows, ids, tokens, groups.
+    """Start to gather what is known before the scores: ids, tokens, groups.
 
-    Pass the result to :func:`gather_signals` once the scores are there: the integers travel while
-    the model scores.
+    Pass the result to :func:`gather_signals` once the scores are there: what has begun travels
+    while the model scores.
 
     Args:
-        known: This rank's candidates; their integer signals are sent, the same ones on every rank.
+        known: This rank's candidates, the same signals on every rank.
         device: Where the process group's tensors must live (the GPU for NCCL).
         most: Rows that no rank exceeds, the same on every rank. Without it the ranks first find
             the largest number among them, for which each waits for all others.
@@ -197,15 +194,18 @@ def begin_gather(
         >>> signals.ids.tolist(), signals.loss.tolist(), counts
         ([7, 9], [1.0, 1.0], [2])
     """
-    named, size = _named(known, torch.int64), known.size
+    named, size = known.to("cpu").present(), known.size
     if world_size() == 1:
         nothing = torch.empty(0)
         return Gathering(named, size, size, nothing, nothing, None)
     if most is None:
         (most,) = _largest([size], device)
-    sent = torch.tensor([size], dtype=torch.int64, device=device)
-    if named:
-        sent = torch.cat([sent, _block(named, most, device).flatten()])
+    rows = _packed(named, "cpu")
+    sent = rows.new_zeros(8 + most * rows.shape[1])
+    sent[:8] = torch.tensor([size]).view(torch.uint8)
+    mine = rows[:most].flatten()
+    sent[8 : 8 + mine.shape[0]] = mine
+    sent = sent.to(device)
     return Gathering(named, size, most, sent, *_begin(sent))
 
 
@@ -217,33 +217,28 @@ def gather_signals(
     Args:
         signals: This rank's candidates; ranks may hold different numbers of rows.
         device: Where the process group's tensors must live (the GPU for NCCL).
-        started: What :func:`begin_gather` returned for the same rows. Integer signals are taken
-            from there; ``signals`` need not hold them again.
+        started: What :func:`begin_gather` returned for the same rows. Its signals need not be
+            among ``signals``, and are not sent again.
 
     Returns:
         The signals of all candidates, the same bits on every rank (on the CPU), and the number of
         rows of each rank.
 
     Raises:
-        ValueError: ``started`` is of other rows, or lacks an integer signal.
+        ValueError: ``started`` is of another number of rows.
     """
     started = begin_gather(signals, device) if started is None else started
-    integers, floats = _named(signals, torch.int64), _named(signals, torch.float32)
-    if started.size != signals.size or not started.named.keys() >= integers.keys():
+    if started.size != signals.size:
         raise ValueError(
-            "gather_signals: started must hold the integer signals of the same rows "
-            f"({sorted(integers)} of {signals.size}), got {sorted(started.named)} of "
-            f"{started.size}. Begin with everything that is known before the scores."
+            f"gather_signals: started must be of the same rows ({signals.size}), got "
+            f"{started.size} of them. Begin with the candidates that are scored."
         )
-    columns, counts = started.wait()
-    if world_size() == 1:
-        return Signals(**(floats | columns)).to("cpu"), counts
-    if floats:
-        rows = max(counts)
-        whole = _gather(_block(floats, rows, device)).cpu()
-        real = torch.arange(rows) < torch.tensor(counts)[:, None]
-        columns |= _columns(floats, whole, real)
-    return Signals(**columns), counts
+    found, counts = started.wait()
+    rest = {n: v for n, v in signals.present().items() if n not in started.named}
+    if rest:
+        late, _ = begin_gather(Signals(**rest), device, most=max(counts)).wait()
+        found |= late
+    return Signals(**found), counts
 
 
 def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -265,33 +260,6 @@ def _widened(
         )
     left = any(left_padded(batch) for batch in batches)
     return widen(sample, widest, pad_id=pad_id, left=left)
-
-
-def _swap(
-    rows: Mapping[str, Tensor], give: list[int], take: list[int], device: torch.device | str
-) -> dict[str, Tensor]:
-    """Send rows to the ranks that shall have them, all columns in one collective.
-
-    Bytes travel: no backend knows every dtype, and one collective costs less than one a column.
-
-    Args:
-        rows: Columns of ``sum(give)`` rows in the order of their targets, or more.
-        give: Rows for each rank.
-        take: Rows from each rank.
-        device: Where the process group's tensors must live.
-    """
-    flat = (v.contiguous().view(v.shape[0], math.prod(v.shape[1:])) for v in rows.values())
-    columns = [v.view(torch.uint8) for v in flat]
-    packed = torch.cat(columns, dim=1)[: sum(give)].to(device)
-    arrived = packed.new_empty(sum(take), packed.shape[1])
-    dist.all_to_all_single(arrived, packed, take, give)
-    parts = arrived.split([column.shape[1] for column in columns], dim=1)
-    # A copy of its own starts where its dtype may start.
-    copies = [part.clone(memory_format=torch.contiguous_format).flatten() for part in parts]
-    return {
-        name: copy.view(v.dtype).view(sum(take), *v.shape[1:])
-        for (name, v), copy in zip(rows.items(), copies, strict=True)
-    }
 
 
 def exchange_rows(
@@ -343,9 +311,12 @@ def exchange_rows(
     rows = _tensors(sample)
     give = torch.bincount(targets[leaving], minlength=world_size()).tolist()
     take = torch.bincount(owners[coming], minlength=world_size()).tolist()
-    arrived = _swap(rows, give, take, device)
+    packed = _packed(rows, device)[: len(places)]
+    whole = packed.new_empty(len(coming), packed.shape[1])
+    dist.all_to_all_single(whole, packed, take, give)
     if not len(coming):
         return None, []
+    arrived = _unpacked(whole, rows)
     batch = {
         name: arrived[name].to(value.device) if name in arrived else value
         for name, value in batches[0].items()

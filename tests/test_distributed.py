@@ -71,7 +71,5 @@ def test_alone_a_gathering_is_what_was_handed_in() -> None:
     signals = Signals(ids=torch.tensor([5, 2]), loss=torch.tensor([1.0, 3.0]))
     found, counts = gather_signals(Signals(loss=signals.loss), started=begin_gather(signals))
     assert found.ids.tolist() == [5, 2] and found.loss.tolist() == [1.0, 3.0] and counts == [2]
-    with pytest.raises(ValueError, match=r"started must hold .*\(\['ids'\] of 2\), got \[\] of 2"):
-        gather_signals(signals, started=begin_gather(Signals(loss=signals.loss)))
-    with pytest.raises(ValueError, match="of the same rows .* of 2.*, got .* of 1. Begin with"):
+    with pytest.raises(ValueError, match=r"started must be of the same rows \(2\), got 1 of them"):
         gather_signals(signals, started=begin_gather(signals.take(torch.tensor([0]))))
