@@ -1,8 +1,8 @@
 """Online selection in a loop of your own: plain PyTorch, Accelerate, DDP, FSDP2, DeepSpeed.
 
-:func:`steps` gives one item per optimizer step. It owns what a loop gets wrong easily: which rows
-are candidates, which of them train, how the micro-batches are cut, and what the loss is divided by
-over all micro-batches and ranks. The loop keeps what it owns: forward, backward, optimizer.
+``onlinesel.steps`` gives one item per optimizer step. It owns what a loop gets wrong easily: which
+rows are candidates, which of them train, how the micro-batches are cut, and what the loss is
+divided by over all micro-batches and ranks. The loop keeps forward, backward and optimizer.
 """
 
 from __future__ import annotations
@@ -66,18 +66,93 @@ class Step:
 
 
 class Steps:
-    """The optimizer steps of a run; see :func:`steps`. Iterate it once per epoch.
+    """Optimizer steps that train on chosen and weighed rows; iterate it once per epoch.
+
+    Args:
+        loader: A torch ``DataLoader`` of ``batch_size`` rows that train in a micro-batch, or any
+            iterable of batches: dicts, tuples, dataclasses of tensors. Of a ``DataLoader`` with
+            torch's own sampler the order is taken over and dealt to the ranks: leave the sampler
+            out. Any other loader must give each rank rows of its own.
+        model: As the loop calls it: plain, DDP, FSDP, accelerate-prepared, a DeepSpeed engine.
+        strategy: The method, or a :class:`onlinesel.Selector` that holds it.
+        candidates: Rows loaded and scored for each row that trains.
+        accumulate: Micro-batches of an optimizer step on each rank.
+        scope: What competes: ``"global"`` all candidates of the step, over every micro-batch and
+            rank; ``"rank"`` those of this rank; ``"batch"`` each micro-batch alone.
+        normalize: ``"tokens"`` or ``"samples"``; None takes the strategy's own definition.
+        seed: Of the order and of the selection's generator.
+        score: ``(model, batch) -> Signals``, or the ``(N,)`` losses of the rows, called in eval
+            mode without gradient. By default the scorer of causal language models.
+        ids: ``"auto"``: a column ``sample_id``, else row numbers, else a hash of the content;
+            ``"hash"``; or the name of a column, which is taken out of the batch.
+        groups: Column with the source or domain of each row, taken out of the batch.
+        order: A sampler with an epoch in place of the loader's, such as
+            :class:`onlinesel.mixing.DomainSampler`.
+        reference: RHO-Loss's reference: a model or ``"adapter"``.
+        record: Folder in which every decision is written down for ``onlinesel report``.
+        gradient_factor: What the engine divides gradients by, which the losses are multiplied by
+            in advance. None finds it: the number of ranks for DDP and FSDP, times the engine's own
+            accumulation for DeepSpeed. ``Accelerator`` divides by its own
+            ``gradient_accumulation_steps`` on top: leave that at 1.
 
     Attributes:
-        selector: Decides; its ``metrics()`` tell of the last decision.
         step: Optimizer steps so far.
+
+    Raises:
+        ValueError: Arguments that cannot give exact selection, or that differ between ranks.
+
+    Example:
+        >>> import torch, onlinesel
+        >>> from torch.nn.functional import cross_entropy
+        >>> from torch.utils.data import DataLoader
+        >>> from onlinesel.strategies import TopLoss
+        >>> model = torch.nn.Linear(2, 3)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> loader = DataLoader([(torch.ones(2) * i, i % 3) for i in range(16)], batch_size=2)
+        >>> score = onlinesel.ClassificationScorer()
+        >>> for step in onlinesel.steps(loader, model, TopLoss(), candidates=2, score=score):
+        ...     for micro in step:
+        ...         inputs, labels = micro.batch
+        ...         losses = cross_entropy(model(inputs), labels, reduction="none")
+        ...         micro.loss(losses).backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> step.index, round(step.metrics["selection/kept_share"], 2)
+        (3, 0.5)
     """
 
     def __init__(
-        self, source: StepSource, loader: Any, model: nn.Module, accumulate: int, factor: float
+        self,
+        loader: Any,
+        model: nn.Module,
+        strategy: Strategy | Selector,
+        *,
+        candidates: int = 1,
+        accumulate: int = 1,
+        scope: str = "global",
+        normalize: str | None = None,
+        seed: int = 0,
+        score: Score | None = None,
+        ids: str = "auto",
+        groups: str | None = None,
+        order: Any = None,
+        reference: nn.Module | str | None = None,
+        record: str | Path | RunLog | None = None,
+        gradient_factor: float | None = None,
     ) -> None:
-        self._source, self._model, self._factor = source, model, factor
-        self._reader = source.attach(loader, model, accumulate=accumulate, device=_device_of(model))
+        if type(accumulate) is not int or accumulate < 1:
+            raise ValueError(
+                f"steps: accumulate must be an integer >= 1, got {accumulate!r}. "
+                "Say how many micro-batches an optimizer step has."
+            )
+        self._source = StepSource(
+            "steps", strategy, candidates=candidates, scope=scope, normalize=normalize, seed=seed,
+            score=score, ids=ids, groups=groups, order=order, reference=reference, record=record,
+        )  # fmt: skip
+        self._model = model
+        self._factor = _factor_of(model) if gradient_factor is None else gradient_factor
+        device = _device_of(model)
+        self._reader = self._source.attach(loader, model, accumulate=accumulate, device=device)
         self.step = 0
         self._resumed: int | None = None
         self._recording = False
@@ -145,90 +220,8 @@ class Steps:
         self._source.meter.stop()
 
 
-def steps(
-    loader: Any,
-    model: nn.Module,
-    strategy: Strategy | Selector,
-    *,
-    candidates: int = 1,
-    accumulate: int = 1,
-    scope: str = "global",
-    normalize: str | None = None,
-    seed: int = 0,
-    score: Score | None = None,
-    ids: str = "auto",
-    groups: str | None = None,
-    order: Any = None,
-    reference: nn.Module | str | None = None,
-    record: str | Path | RunLog | None = None,
-    gradient_factor: float | None = None,
-) -> Steps:
-    """Iterate over optimizer steps that train on chosen and weighed rows.
-
-    Args:
-        loader: A torch ``DataLoader`` of ``batch_size`` rows that train in a micro-batch, or any
-            iterable of batches: dicts, tuples, dataclasses of tensors. Of a ``DataLoader`` with
-            torch's own sampler the order is taken over and dealt to the ranks: leave the sampler
-            out. Any other loader must give each rank rows of its own.
-        model: As the loop calls it: plain, DDP, FSDP, accelerate-prepared, a DeepSpeed engine.
-        strategy: The method, or a :class:`onlinesel.Selector` that holds it.
-        candidates: Rows loaded and scored for each row that trains.
-        accumulate: Micro-batches of an optimizer step on each rank.
-        scope: What competes: ``"global"`` all candidates of the step, over every micro-batch and
-            rank; ``"rank"`` those of this rank; ``"batch"`` each micro-batch alone.
-        normalize: ``"tokens"`` or ``"samples"``; None takes the strategy's own definition.
-        seed: Of the order and of the selection's generator.
-        score: ``(model, batch) -> Signals``, or the ``(N,)`` losses of the rows, called in eval
-            mode without gradient. By default the scorer of causal language models.
-        ids: ``"auto"``: a column ``sample_id``, else row numbers, else a hash of the content;
-            ``"hash"``; or the name of a column, which is taken out of the batch.
-        groups: Column with the source or domain of each row, taken out of the batch.
-        order: A sampler with an epoch in place of the loader's, such as
-            :class:`onlinesel.mixing.DomainSampler`.
-        reference: RHO-Loss's reference: a model or ``"adapter"``.
-        record: Folder in which every decision is written down for ``onlinesel report``.
-        gradient_factor: What the engine divides gradients by, which the losses are multiplied by
-            in advance. None finds it: the number of ranks for DDP and FSDP, times the engine's own
-            accumulation for DeepSpeed. ``Accelerator`` divides by its own
-            ``gradient_accumulation_steps`` on top: leave that at 1.
-
-    Returns:
-        An iterable with ``state_dict``, ``load_state_dict`` and, where the loader has one, a
-        length. Each item is a :class:`Step`.
-
-    Raises:
-        ValueError: Arguments that cannot give exact selection, or that differ between ranks.
-
-    Example:
-        >>> import torch, onlinesel
-        >>> from torch.nn.functional import cross_entropy
-        >>> from torch.utils.data import DataLoader
-        >>> from onlinesel.strategies import TopLoss
-        >>> model = torch.nn.Linear(2, 3)
-        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> loader = DataLoader([(torch.ones(2) * i, i % 3) for i in range(16)], batch_size=2)
-        >>> score = onlinesel.ClassificationScorer()
-        >>> for step in onlinesel.steps(loader, model, TopLoss(), candidates=2, score=score):
-        ...     for micro in step:
-        ...         inputs, labels = micro.batch
-        ...         losses = cross_entropy(model(inputs), labels, reduction="none")
-        ...         micro.loss(losses).backward()
-        ...     optimizer.step()
-        ...     optimizer.zero_grad()
-        >>> step.index, round(step.metrics["selection/kept_share"], 2)
-        (3, 0.5)
-    """
-    if type(accumulate) is not int or accumulate < 1:
-        raise ValueError(
-            f"steps: accumulate must be an integer >= 1, got {accumulate!r}. "
-            "Say how many micro-batches an optimizer step has."
-        )
-    source = StepSource(
-        "steps", strategy, candidates=candidates, scope=scope, normalize=normalize, seed=seed,
-        score=score, ids=ids, groups=groups, order=order, reference=reference, record=record,
-    )  # fmt: skip
-    factor = _factor_of(model) if gradient_factor is None else gradient_factor
-    return Steps(source, loader, model, accumulate, factor)
+steps = Steps
+"""Read as it is used: ``for step in onlinesel.steps(...)``."""
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from onlinesel.batch import count_labels, deal, gather_rows, mute_rows, rows_in, take_rows, trim
 from onlinesel.distributed import (
+    Gathering,
+    begin_gather,
     check_agreement,
     exchange_rows,
     gather_signals,
@@ -105,6 +107,11 @@ class _Share:
     parts: list[list[Place]]
 
 
+def _join(signals: Sequence[Signals]) -> Signals:
+    names = signals[0].present()
+    return Signals(**{name: torch.cat([s.present()[name] for s in signals]) for name in names})
+
+
 def _split(rows: list[Place], signals: Sequence[Signals]) -> list[list[Place]]:
     """Split rows over the micro-batches; where all candidates train, leave each in its own."""
     whole = [[(m, r) for r in range(s.size)] for m, s in enumerate(signals)]
@@ -170,10 +177,14 @@ class StepPlanner:
         """
         start = time.perf_counter()
         needs = self.selector.strategy.needs_at(step)
-        signals = [
-            self._signals(batch, ids[m], None if groups is None else groups[m], needs)
+        known = [
+            self._known(batch, ids[m], None if groups is None else groups[m])
             for m, batch in enumerate(batches)
         ]
+        # What needs no score travels while the model scores.
+        started = begin_gather(_join(known), self._device) if self._scope == "global" else None
+        pairs = zip(batches, known, strict=True)
+        signals = [self._scored(batch, part, needs) for batch, part in pairs]
         if self._scope == "batch":
             chosen = [self._select(s, step) for s in signals]
             decisions = [d for found, _ in chosen for d in found]
@@ -181,7 +192,7 @@ class StepPlanner:
             parts = [[(m, int(r)) for r in w.nonzero()] for m, w in enumerate(weights)]
             share = _Share(list(batches), list(ids), weights, parts)
         else:
-            decisions, share = self._compete(batches, ids, signals, step)
+            decisions, share = self._compete(batches, ids, signals, started, step)
         built = [self._build(share, signals, part) for part in range(len(batches))]
         new_batches, new_weights, new_ids = (list(column) for column in zip(*built, strict=True))
         counts = [self._counted(batch) for batch in new_batches]
@@ -200,10 +211,8 @@ class StepPlanner:
         counts = self._count(batch)
         return None if counts is None else counts.cpu()
 
-    def _signals(
-        self, batch: Batch, ids: Tensor, groups: Tensor | None, needs: Sequence[str]
-    ) -> Signals:
-        """Score one micro-batch; tokens, ids and groups are known without a forward."""
+    def _known(self, batch: Batch, ids: Tensor, groups: Tensor | None) -> Signals:
+        """Return what is known about one micro-batch without a forward."""
         size = rows_in(batch, "StepPlanner")
         counts = self._counted(batch)
         if ids.shape[0] != size:
@@ -211,12 +220,13 @@ class StepPlanner:
                 f"StepPlanner: ids must have one entry per row ({size}), got {ids.shape[0]}. "
                 "The collator merges or splits rows: turn packing and padding-free batches off."
             )
-        known = {"ids": ids, "tokens": torch.ones_like(ids) if counts is None else counts}
-        if groups is not None:
-            known["group"] = groups
-        wanted = [name for name in needs if name not in known]
-        found = dict(self._score(batch, wanted).present()) if wanted else {}
-        return Signals(**{name: value.cpu() for name, value in (found | known).items()})
+        tokens = torch.ones_like(ids) if counts is None else counts
+        return Signals(ids=ids, tokens=tokens, group=groups).to("cpu")
+
+    def _scored(self, batch: Batch, known: Signals, needs: Sequence[str]) -> Signals:
+        wanted = [name for name in needs if name not in known.present()]
+        found = self._score(batch, wanted).to("cpu").present() if wanted else {}
+        return Signals(**(found | known.present()))
 
     def _select(self, signals: Signals, step: int) -> tuple[list[Decision], Tensor]:
         """Decide about the rows that are candidates; returns the weights of all rows as well."""
@@ -248,15 +258,19 @@ class StepPlanner:
             )
 
     def _compete(
-        self, batches: Sequence[Batch], ids: Sequence[Tensor], signals: Sequence[Signals], step: int
+        self,
+        batches: Sequence[Batch],
+        ids: Sequence[Tensor],
+        signals: Sequence[Signals],
+        started: Gathering | None,
+        step: int,
     ) -> tuple[list[Decision], _Share]:
         """Let all candidates of the scope compete, and give each rank as many winners."""
-        names = signals[0].present()
-        local = Signals(**{name: torch.cat([s.present()[name] for s in signals]) for name in names})
+        local = _join(signals)
         places = [(m, r) for m, s in enumerate(signals) for r in range(s.size)]
         pool, counts = local, [local.size]
-        if self._scope == "global":
-            pool, counts = gather_signals(local, self._device)
+        if started is not None:
+            pool, counts = gather_signals(local, self._device, started=started)
         decisions, weights = self._select(pool, step)
         if self._scope == "global":
             check_agreement("StepPlanner", pool.row_ids(), weights, device=self._device)

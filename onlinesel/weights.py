@@ -248,13 +248,10 @@ def weighted_mean(
 
     Example:
         >>> import torch
-        >>> from onlinesel.weights import weighted_mean
         >>> loss = torch.tensor([[1.0, 3.0], [5.0, 0.0]])
         >>> mask = torch.tensor([[True, True], [True, False]])
-        >>> weighted_mean(loss, mask, torch.tensor([1.0, 1.0])).item()
-        3.0
-        >>> weighted_mean(loss, mask, torch.tensor([1.0, 1.0]), normalize="samples").item()
-        3.5
+        >>> weighted_mean(loss, mask, torch.tensor([1.0, 0.0])).item()
+        2.0
         >>> weighted_mean(torch.tensor([1.0, 5.0])).item()
         3.0
     """
