@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,7 +201,7 @@ class StepPlanner:
             new_weights,
             new_ids,
             counts,
-            self._denominator(new_weights, counts),
+            self._denominator(decisions, new_weights, counts),
             self._normalize,
             decisions,
             time.perf_counter() - start,
@@ -329,8 +329,22 @@ class StepPlanner:
                 return m, int(good.nonzero()[0])
         return 0, 0
 
-    def _denominator(self, weights: Sequence[Tensor], counts: Sequence[Tensor | None]) -> Tensor:
-        pairs = zip(weights, counts, strict=True)
-        parts = [total_weight(w, n, self._normalize) for w, n in pairs]
-        total = sum_over_ranks(torch.stack(parts).sum().to(self._device))
-        return torch.where(total > 0, total, 1.0).to(torch.float32)
+    def _denominator(
+        self,
+        decisions: Sequence[Decision],
+        weights: Sequence[Tensor],
+        counts: Sequence[Tensor | None],
+    ) -> Tensor:
+        if self._scope == "global":
+            # Every rank has decided about all rows, and knows the sum without asking.
+            whole = [(d.weights, None if counts[0] is None else s.tokens) for s, d in decisions]
+            total = _total(whole, self._normalize)
+        else:
+            total = _total(zip(weights, counts, strict=True), self._normalize)
+            total = sum_over_ranks(total.to(self._device))
+        return torch.where(total > 0, total, 1.0).to(self._device, torch.float32)
+
+
+def _total(parts: Iterable[tuple[Tensor, Tensor | None]], normalize: str) -> Tensor:
+    sums = [total_weight(weights, counts, normalize) for weights, counts in parts]
+    return torch.stack(sums).sum()
