@@ -92,10 +92,29 @@ class OnlineSelection(Callback):
         TypeError: ``strategy`` is not a strategy.
 
     Example:
-        ```python
-        trainer = Trainer(callbacks=[OnlineSelection(UDS(), candidates=4)])
-        trainer.fit(module, DataLoader(rows, batch_size=8, shuffle=True))
-        ```
+        >>> import torch, onlinesel
+        >>> from lightning.pytorch import LightningModule, Trainer
+        >>> from onlinesel.strategies import TopLoss
+        >>> from torch.nn.functional import cross_entropy
+        >>> class Classifier(LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.net = torch.nn.Linear(2, 3)
+        ...     def forward(self, inputs):
+        ...         return self.net(inputs)
+        ...     def training_step(self, batch, batch_idx):
+        ...         inputs, labels = batch
+        ...         losses = cross_entropy(self(inputs), labels, reduction="none")
+        ...         return onlinesel.weighted_mean(losses)
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+        >>> rows = [(torch.ones(2) * i, i % 3) for i in range(16)]
+        >>> score = onlinesel.ClassificationScorer()
+        >>> selection = OnlineSelection(TopLoss(), candidates=2, score=score)
+        >>> trainer = Trainer(barebones=True, max_epochs=1, callbacks=[selection])
+        >>> trainer.fit(Classifier(), torch.utils.data.DataLoader(rows, batch_size=2))
+        >>> selection.step, selection.selector.metrics()["kept_share"]
+        (4, 0.5)
     """
 
     def __init__(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -84,6 +85,33 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=LEARNING_RATE)
+
+
+class Manual(Classifier):
+    """Optimizes by itself, after every so many batches."""
+
+    def __init__(self, every: int = 1) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.every = every
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(onlinesel.weighted_mean(self.losses(batch)))
+        if (batch_idx + 1) % self.every == 0:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+class SaveAt(Callback):
+    """Save at the end of a batch, before any other callback has heard of it; then stop there."""
+
+    def __init__(self, path: Path, batches: int) -> None:
+        self.path, self.batches = path, batches
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 == self.batches:
+            trainer.save_checkpoint(self.path)
+            raise KeyError("stop")
 
 
 class Language(LightningModule):

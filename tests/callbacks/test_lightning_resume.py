@@ -10,7 +10,6 @@ import torch
 
 pytest.importorskip("lightning")
 
-from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from onlinesel.callbacks.lightning import OnlineSelection
@@ -21,6 +20,7 @@ from tests.callbacks.lightning_hosts import (
     Batches,
     Classifier,
     Language,
+    SaveAt,
     Streamed,
     classified,
     equal,
@@ -36,18 +36,6 @@ from tests.callbacks.lightning_hosts import (
 pytestmark = QUIET_LIGHTNING
 
 ROWS = 54  # 6 whole windows of 2 * 2 * 2 candidates and one of 6
-
-
-class SaveAt(Callback):
-    """Save at the end of a batch, before any other callback has heard of it; then stop there."""
-
-    def __init__(self, path: Path, batches: int) -> None:
-        self.path, self.batches = path, batches
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.fit_loop.total_batch_idx + 1 == self.batches:
-            trainer.save_checkpoint(self.path)
-            raise KeyError("stop")
 
 
 def chosen(plans: list[Any]) -> list[dict[int, float]]:
