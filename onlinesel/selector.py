@@ -167,9 +167,9 @@ class Selector:
     def load_states(self, states: Sequence[dict[str, Any]], rank: int, ranks: int) -> None:
         """Continue one of several selectors that decided alone, whatever their number is now.
 
-        With as many ranks as there are states, each takes its own. Otherwise all take what the
-        strategy's ``merge`` makes of them; a rank that there was before keeps its generator, the
-        others keep the fresh one that they were built with.
+        With as many ranks as there are states, each takes its own. Otherwise a rank takes the
+        state of its number, counted round, with what the strategy's ``merge`` unites of the others;
+        ranks that there were not before keep the fresh generator that they were built with.
 
         Args:
             states: What :meth:`state_dict` returned on each rank, in their order.
@@ -179,15 +179,16 @@ class Selector:
         Raises:
             ValueError: A state belongs to another strategy. Nothing is changed then.
         """
-        fresh = self._generator.get_state()
-        self.load_state_dict(states[min(rank, len(states) - 1)])
-        if ranks == len(states):
+        fresh, count = self._generator.get_state(), len(states)
+        self.load_state_dict(states[rank % count])
+        if ranks == count:
             return
         prefix = "state."
+        own_first = [states[(rank + i) % count]["tensors"] for i in range(count)]
         parts = [
-            {k.removeprefix(prefix): v for k, v in s["tensors"].items() if k.startswith(prefix)}
-            for s in states
+            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            for tensors in own_first
         ]
         self._state = {name: value.clone() for name, value in self.strategy.merge(parts).items()}
-        if rank >= len(states):
+        if rank >= count:
             self._generator.set_state(fresh)

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from onlinesel import Selection, Selector, Signals, Strategy, When
-from onlinesel.strategies import LossReweight, TopLoss, Uniform
+from onlinesel import Chain, Selection, Selector, Signals, Strategy, When
+from onlinesel.ledger import Ledger
+from onlinesel.strategies import InfoBatch, LossReweight, SelectiveBackprop, TopLoss, Uniform
 
+NAN = float("nan")
 LOSS = torch.tensor([1.0, 4.0, 2.0, 3.0])
 
 
@@ -173,3 +175,55 @@ def test_a_row_without_a_finite_signal_never_trains_whatever_the_method_says() -
 
     signals = Signals(loss=torch.tensor([1.0, float("nan"), float("inf")]))
     assert Selector(All()).select(signals).weights.tolist() == [1.0, 0.0, 0.0]
+
+
+def ranks_alone(strategy: Strategy, count: int) -> list[dict[str, Any]]:
+    """Return the states of ranks that chose among rows of their own."""
+    states = []
+    for rank in range(count):
+        selector = Selector(strategy, seed=100 + rank)
+        ids = torch.arange(3) + 10 * rank
+        loss = torch.tensor([1.0, 2.0, 3.0]) + rank
+        selector.select(Signals(ids=ids, loss=loss), keep=1)
+        selector.observe(Signals(ids=ids, loss=loss))
+        states.append(selector.state_dict())
+    return states
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_that_decided_alone_go_on_in_any_number(ranks: int) -> None:
+    strategy = Chain(InfoBatch(), SelectiveBackprop())
+    states = ranks_alone(strategy, 2)
+    for rank in range(ranks):
+        selector = Selector(strategy, seed=7 + rank)
+        fresh = selector._generator.get_state()
+        selector.load_states(states, rank, ranks)
+        found = selector.state_dict()
+        own = states[rank % 2]
+        history = {k: v for k, v in found["tensors"].items() if k.endswith("history")}
+        assert all(torch.equal(v, own["tensors"][k]) for k, v in history.items()) and history
+        generator = fresh if rank >= 2 else own["tensors"]["generator"]
+        assert torch.equal(found["tensors"]["generator"], generator)
+        start = "state.0."
+        table = {k[len(start) :]: v for k, v in found["tensors"].items() if k.startswith(start)}
+        known = Ledger.from_state(table).lookup(torch.tensor([0, 2, 10, 12]), "loss").tolist()
+        if ranks == 2:  # each goes on with its own
+            wanted = [[1.0, 3.0, NAN, NAN], [NAN, NAN, 2.0, 4.0]][rank]
+        else:
+            wanted = [1.0, 3.0, 2.0, 4.0]
+        assert known == pytest.approx(wanted, nan_ok=True)
+
+
+def test_states_of_another_strategy_are_refused() -> None:
+    with pytest.raises(ValueError, match="Selector: state must come from TopLoss"):
+        Selector(TopLoss()).load_states(ranks_alone(Uniform(), 2), 0, 1)
+
+
+def test_a_window_unites_both_of_its_sides() -> None:
+    strategy = When(InfoBatch(), start=5, otherwise=Uniform())
+    selector = Selector(strategy)
+    selector.load_states(ranks_alone(strategy, 3), 0, 1)
+    tensors = selector.state_dict()["tensors"]
+    start = "state.0."
+    table = {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}
+    assert len(Ledger.from_state(table)) == 9

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onlinesel import Selection, Selector, Signals, Strategy
+from onlinesel.batch import rows_in
 from onlinesel.distributed import exchange_rows, gather_signals, sum_over_ranks
+from onlinesel.rows import FILLER_ID
 from onlinesel.step import StepPlanner
 from tests.test_batch import content, make_batch
 
@@ -26,6 +28,14 @@ class Fixed(Strategy):
     def select(self, signals: Signals, state: Any, **_: Any) -> Any:
         weights = torch.tensor(self.table)[signals.row_ids()]
         return Selection(weights.expand(*self.shape, -1).T if self.shape else weights), state
+
+
+class TopIds(Strategy):
+    """Keep the largest ids."""
+
+    def select(self, signals: Signals, state: Any, *, keep: int, **_: Any) -> Any:
+        ids = signals.row_ids()
+        return Selection((ids >= ids.sort().values[-keep]).float()), state
 
 
 def no_scores(batch: Any, needs: Any) -> Signals:
@@ -141,3 +151,45 @@ def test_without_a_process_group_collectives_are_the_identity() -> None:
     assert exchange_rows(batches, [(0, 0)], here, here) == (None, [])
     with pytest.raises(ValueError, match="exchange_rows: targets must be 0 without a process"):
         exchange_rows(batches, [(0, 0)], here, here + 1)
+
+
+def test_fillers_never_compete_nor_train() -> None:
+    """The rows of a cell that got none: in their rank's step, but in nobody's decision."""
+    batches, ids = make_step([[3, 4, 5], [6]])
+    ids[1] = torch.tensor([FILLER_ID])
+    for scope, decided in (("global", 1), ("rank", 1), ("batch", 1)):
+        planner = StepPlanner(
+            Selector(TopIds()), no_scores, candidates=2, scope=scope, normalize="samples"
+        )
+        plan = planner.plan(batches, ids, step=0)
+        assert len(plan.decisions) == decided
+        assert plan.decisions[0][0].row_ids().tolist() == [0, 1, 2]  # keep is 2 of 3, not of 4
+        trained = [i for m, part in enumerate(plan.ids) for i in part[plan.weights[m] > 0].tolist()]
+        assert sorted(trained) == [1, 2] and float(plan.denominator) == 2.0
+        assert len(plan.batches) == 2 and all(rows_in(batch) >= 1 for batch in plan.batches)
+    alone = StepPlanner(Selector(TopIds()), no_scores, scope="rank")
+    plan = alone.plan(batches[1:], ids[1:], step=0)
+    assert plan.decisions == [] and plan.weights[0].tolist() == [0.0]
+    assert bool((plan.batches[0]["labels"] == -100).all()) and float(plan.denominator) == 1.0
+
+
+def test_groups_are_signals_like_any_other() -> None:
+    batches, ids = make_step([[3, 4], [5]])
+    groups = [torch.tensor([7, 8]), torch.tensor([7])]
+    plan = StepPlanner(Selector(Fixed((1.0, 1.0, 1.0))), no_scores).plan(batches, ids, 0, groups)
+    signals, _ = plan.decisions[0]
+    assert signals.group is not None and signals.group.tolist() == [7, 8, 7]
+
+
+def test_rows_that_are_whole_items_count_one_each_and_keep_their_labels() -> None:
+    batches = [{"x": torch.rand(3, 2), "labels": torch.tensor([0, 1, 2])}]
+    planner = StepPlanner(Selector(Fixed((2.0, 0.0, 1.0))), no_scores, count=lambda batch: None)
+    plan = planner.plan(batches, [torch.arange(3)], step=0)
+    assert float(plan.denominator) == 3.0 and plan.counts == [None]
+    assert plan.batches[0]["labels"].tolist() == [0, 2]
+    losses = torch.tensor([5.0, 8.0])
+    assert plan.weighing(0)(losses).item() == pytest.approx((2 * 5 + 8) / 3)
+    assert plan.weighing(0, factor=4.0)(losses).item() == pytest.approx(4 * (2 * 5 + 8) / 3)
+    nothing = StepPlanner(Selector(Fixed((0.0,) * 3)), no_scores, count=lambda batch: None)
+    filler = nothing.plan(batches, [torch.arange(3)], step=0)
+    assert filler.batches[0]["labels"].tolist() == [0] and filler.weights[0].tolist() == [0.0]

@@ -6,10 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onlinesel.weights import (
+    Weighing,
     draw_rows,
     effective_size,
+    hand_over,
     order_by,
+    token_losses,
     top_rows,
+    total_weight,
     uniform_draws,
     weighted_mean,
 )
@@ -205,3 +209,58 @@ def test_an_unknown_normaliser_is_refused() -> None:
     )
     with pytest.raises(ValueError, match=message):
         weighted_mean(torch.ones(1, 1), torch.ones(1, 1).bool(), torch.ones(1), normalize="rows")
+
+
+def test_a_planned_step_hands_its_weights_over() -> None:
+    """Weights 2 and 1 with 1 and 3 tokens; the step's denominator comes from elsewhere."""
+    seen: list[list[float]] = []
+    weights, counts = torch.tensor([2.0, 1.0]), torch.tensor([1, 3])
+    losses = torch.tensor([[4.0, 0.0, 0.0], [1.0, 2.0, 6.0]])
+    for normalize, wanted in (("tokens", 2 * 4 + 9), ("samples", 2 * 4 + 3)):
+        weighing = Weighing(
+            weights, counts, torch.tensor(10.0), normalize, 2.0, lambda x: seen.append(x.tolist())
+        )
+        hand_over(weighing)
+        try:
+            assert weighted_mean(losses).item() == pytest.approx(2 * wanted / 10)
+            row_means = torch.tensor([4.0, 3.0])
+            assert weighted_mean(row_means).item() == pytest.approx(2 * wanted / 10)
+            explicit = weighted_mean(losses, counts[:, None] > torch.arange(3), weights)
+            assert explicit.item() == pytest.approx((2 * 4 + 9) / (2 + 3))
+        finally:
+            hand_over(None)
+    assert seen == [[4.0, 3.0]] * 4
+    # Validation that shares the code gets the plain mean.
+    assert weighted_mean(torch.tensor([4.0, 3.0])).item() == 3.5
+
+
+def test_losses_of_another_shape_are_refused() -> None:
+    tokens = Weighing(torch.ones(2), torch.tensor([1, 1]), torch.tensor(2.0), "tokens")
+    items = Weighing(torch.ones(2), None, torch.tensor(2.0), "tokens")
+    with pytest.raises(
+        ValueError, match=r"losses must be one per row \(2,\) or .* got shape \(3,\)"
+    ):
+        tokens(torch.ones(3))
+    with pytest.raises(ValueError, match=r"weighted_mean: losses must be one per row .* \(\)"):
+        tokens(torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"where rows have no labelled tokens, got shape \(2, 5\)"):
+        items(torch.ones(2, 5))
+    with pytest.raises(ValueError, match="mask must be given with token losses, got None"):
+        weighted_mean(torch.ones(2, 2))
+
+
+def test_token_losses_are_those_of_cross_entropy() -> None:
+    logits = torch.randn(2, 4, 5, generator=seeded())
+    labels = torch.tensor([[1, 2, -100, 3], [4, -100, 0, 1]])
+    losses = token_losses(logits, labels)
+    for row, at in ((0, 1), (0, 3), (1, 2), (1, 3)):
+        wanted = -logits[row, at - 1].log_softmax(0)[labels[row, at]]
+        assert losses[row, at - 1] == pytest.approx(float(wanted), rel=1e-5)
+    assert losses[0, 1] == losses[1, 0] == 0.0
+
+
+def test_the_weight_of_rows_without_a_token_counts_only_among_items() -> None:
+    weights = torch.tensor([2.0, 5.0])
+    for normalize, wanted in (("tokens", 8.0), ("samples", 2.0)):
+        assert total_weight(weights, torch.tensor([4, 0]), normalize).item() == wanted
+        assert total_weight(weights, None, normalize).item() == 7.0

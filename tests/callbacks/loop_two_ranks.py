@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -18,12 +21,14 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import onlinesel
 from onlinesel.callbacks import loop
+from onlinesel.kernels._shards import gathered
 from onlinesel.strategies import UDS, InfoBatch, LossReweight, SelectiveBackprop, TopLoss, Uniform
 from tests.callbacks.hosts import collate, make_rows
 from tests.callbacks.loop_hosts import make_loader, make_model, sgd, token_losses, train
 from tests.callbacks.two_ranks import KeepIds, poisoned
 
 ACCUMULATE = (1, 2)
+CHECKPOINTED = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
 def wrap(engine: str, model: Any, accumulate: int = 1) -> Any:
@@ -59,10 +64,19 @@ def deepspeed_engine(stage: int, model: Any, accumulate: int) -> Any:
     return engine
 
 
+def train_engine(steps: Any, engine: Any, stop: int | None = None) -> Iterator[Any]:
+    """Train as DeepSpeed wants it; yields each step when it is done."""
+    for step in steps:
+        for micro in step:
+            engine.backward(micro.loss(token_losses(engine, micro.batch)))
+            engine.step()
+        yield step
+        if stop is not None and steps.step + 1 >= stop:
+            break
+
+
 def zero(folder: Path, stage: int) -> None:
     """A whole step and one of a single micro-batch, which the engine must not wait behind."""
-    import deepspeed
-
     for name, options in (
         ("subset", {"strategy": TopLoss(), "candidates": 3}),
         ("weights", {"strategy": LossReweight(min_rows=2)}),
@@ -70,27 +84,75 @@ def zero(folder: Path, stage: int) -> None:
         engine = wrap(f"zero{stage}", make_model(), accumulate=2)
         loader = make_loader(rows=make_rows()[: 12 * options.get("candidates", 1)])
         steps = onlinesel.steps(loader, engine, options.pop("strategy"), accumulate=2, **options)
-        done: list[Any] = []
-        for step in steps:
-            for micro in step:
-                engine.backward(micro.loss(token_losses(engine, micro.batch)))
-                engine.step()
-            done.append(
-                {
-                    "ids": [micro.ids.tolist() for micro in step.micro_batches],
-                    "weights": [micro.weights.tolist() for micro in step.micro_batches],
-                }
-            )
-            with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-                save(folder, f"zero{stage}-{name}-{step.index}", done[-1], engine.module)
+        for step in train_engine(steps, engine):
+            done = {
+                "ids": [micro.ids.tolist() for micro in step.micro_batches],
+                "weights": [micro.weights.tolist() for micro in step.micro_batches],
+            }
+            save(folder, f"zero{stage}-{name}-{step.index}", done, engine)
+
+
+def write(engine: str, model: Any, steps: Any, folder: Path) -> None:
+    """Write a checkpoint as the engine does, with the selection inside."""
+    if engine.startswith("zero"):
+        model.save_checkpoint(str(folder), client_state={"steps": steps.state_dict()})
+        return
+    state = {"steps": steps.state_dict()}
+    if engine == "fsdp2":  # DCP loads into tensors of known size; what the selection keeps grows
+        checkpoint.save({"model": get_model_state_dict(model)}, checkpoint_id=folder)
+    else:
+        state["model"] = model.module.state_dict()
+    if dist.get_rank() == 0:
+        torch.save(state, folder.with_suffix(".pt"))
+    dist.barrier()
+
+
+def read(engine: str, model: Any, steps: Any, folder: Path) -> None:
+    if engine.startswith("zero"):
+        _, client = model.load_checkpoint(str(folder))
+        steps.load_state_dict(client["steps"])
+        return
+    state = torch.load(folder.with_suffix(".pt"))
+    steps.load_state_dict(state["steps"])
+    if engine == "fsdp2":
+        found = {"model": get_model_state_dict(model)}
+        checkpoint.load(found, checkpoint_id=folder)
+        set_model_state_dict(model, found["model"])
+    else:
+        model.module.load_state_dict(state["model"])
+
+
+def resume_from(folder: Path, engine: str) -> None:
+    """Three steps, and three of which the last two follow a checkpoint."""
+
+    def make() -> tuple[Any, Any]:
+        model = wrap(engine, make_model())
+        return model, onlinesel.steps(make_loader(), model, SelectiveBackprop(), candidates=2)
+
+    def go(model: Any, steps: Any, stop: int) -> list[list[list[int]]]:
+        if engine.startswith("zero"):
+            trained = train_engine(steps, model, stop)
+            return [[micro.ids.tolist() for micro in step.micro_batches] for step in trained]
+        return [step["ids"] for step in train(steps, model, sgd(model), stop)]
+
+    model, steps = make()
+    ids = go(model, steps, 3)
+    save(folder, f"whole-{engine}", ids, model)
+    model, steps = make()
+    ids = go(model, steps, 1)
+    write(engine, model, steps, folder / f"checkpoint-{engine}")
+    model, steps = make()
+    read(engine, model, steps, folder / f"checkpoint-{engine}")
+    save(folder, f"resumed-{engine}", ids + go(model, steps, 3), model)
 
 
 def whole(model: Any) -> dict[str, torch.Tensor]:
     model = model.module if hasattr(model, "module") else model
-    return {
-        n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for n, p in model.named_parameters()
-    }
+    with gathered(model):
+        return {
+            n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+            for n, p in model.named_parameters()
+        }
 
 
 def scenarios() -> dict[str, dict[str, Any]]:
@@ -220,5 +282,7 @@ if __name__ == "__main__":
     cost(out)
     for number in (1, 2, 3):
         zero(out, number)
+    for engine in CHECKPOINTED:
+        resume_from(out, engine)
     assert loop._factor_of(torch.nn.parallel.DistributedDataParallel(make_model())) == 2.0
     dist.destroy_process_group()

@@ -295,6 +295,27 @@ def test_accelerate_prepares_the_model_and_may_prepare_the_loader() -> None:
     assert all(torch.equal(own[name], prepared[name]) for name in own)
 
 
+def test_accelerate_saves_and_loads_the_steps_with_its_own_state(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    def start_over() -> tuple[Any, Any, Any, Any]:
+        accelerator = Accelerator(cpu=True)
+        model = make_model()
+        model, optimizer = accelerator.prepare(model, sgd(model))
+        steps = onlinesel.steps(make_loader(), model, SelectiveBackprop(), candidates=2)
+        accelerator.register_for_checkpointing(steps)
+        return accelerator, model, optimizer, steps
+
+    _, model, optimizer, steps = start_over()
+    whole = train(steps, model, optimizer, stop=5)
+    accelerator, model, optimizer, steps = start_over()
+    train(steps, model, optimizer, stop=2)
+    accelerator.save_state(str(tmp_path))
+    accelerator, again, optimizer, steps = start_over()
+    accelerator.load_state(str(tmp_path))
+    assert train(steps, again, optimizer, stop=5) == whole[2:]
+
+
 def test_what_engines_divide_by() -> None:
     class DeepSpeedEngine(torch.nn.Linear):
         def gradient_accumulation_steps(self) -> int:

@@ -15,7 +15,7 @@ from onlinesel.strategies import SelectiveBackprop
 from tests.callbacks.hosts import make_model, make_rows, reference_gradient, relative_error
 from tests.callbacks.loop_hosts import kept, make_loader, sgd, train
 from tests.callbacks.loop_killed import KILLED_IN
-from tests.callbacks.loop_two_ranks import scenarios
+from tests.callbacks.loop_two_ranks import CHECKPOINTED, scenarios
 from tests.launching import torchrun
 
 pytestmark = pytest.mark.slow
@@ -112,6 +112,17 @@ def test_a_deepspeed_engine_applies_each_steps_gradient(
         after = torch.load(folder / f"zero{stage}-{name}-{index}-0.pt")
         assert relative_error(before, after, gradient) < 5e-6
         before = after
+
+
+@pytest.mark.parametrize("engine", CHECKPOINTED)
+def test_a_checkpoint_of_each_engine_resumes_bit_identically(folder: Path, engine: str) -> None:
+    for rank in (0, 1):
+        whole, resumed = (read(folder, f"{name}-{engine}")[rank] for name in ("whole", "resumed"))
+        assert whole == resumed and len(whole) == 3
+        states = [
+            torch.load(folder / f"{name}-{engine}-{rank}.pt") for name in ("whole", "resumed")
+        ]
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
 def test_a_rank_without_a_row_of_its_own_keeps_step(folder: Path) -> None:
