@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from onlinesel.rows import ROW_ID
+from onlinesel.agreement import check_settings
+from onlinesel.mixing import DomainSampler, Mixture
+from onlinesel.rows import GROUP, ROW_ID
 from onlinesel.scoring import CausalLMScorer
 from onlinesel.step import SCOPES
 from onlinesel.types import Strategy
@@ -18,7 +22,9 @@ __all__ = [
     "carried_columns",
     "check_arguments",
     "check_loader",
+    "check_ranks",
     "check_trainer",
+    "domain_sampler",
     "is_sft",
     "is_zero3",
     "overridden",
@@ -72,6 +78,20 @@ def is_zero3(trainer: Any) -> bool:
     return getattr(plugin, "zero_stage", None) == 3
 
 
+def check_ranks(trainer: Any, **settings: Any) -> None:
+    """Refuse, on all ranks alike, settings that are not the same on all of them.
+
+    This comes before any check that only some ranks might fail, and leave the others waiting.
+    """
+    dataset = getattr(trainer, "train_dataset", None)
+    rows = None if dataset is None or is_stream(dataset) else len(dataset)
+    shown = {"train_dataset": f"{rows} rows", **settings}
+    # Addresses of objects differ between processes that hold the same.
+    same = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in shown.items()}
+    device = getattr(getattr(trainer, "args", None), "device", "cpu")
+    check_settings("OnlineSelection", same, device)
+
+
 def check_arguments(candidates: object, scope: str, normalize: str) -> None:
     """Check what needs no trainer."""
     if not isinstance(candidates, int) or isinstance(candidates, bool) or candidates < 1:
@@ -93,6 +113,7 @@ def check_trainer(
     shadow: bool,
     default_scorer: bool,
     reference: nn.Module | str | None,
+    groups: str | None,
 ) -> None:
     """Refuse trainers and settings whose gradient would not be the one that is promised."""
     if not hasattr(trainer, "get_batch_samples") or hasattr(trainer, "num_generations"):
@@ -139,7 +160,8 @@ def check_trainer(
         if bad:
             refuse(argument, rule, got, remedy)
     _check_data(trainer, strategy, candidates, shadow)
-    _check_model(trainer, strategy, default_scorer, reference)
+    if default_scorer:
+        _check_model(trainer, strategy, reference, groups)
 
 
 def _own_loss(trainer: Any) -> str | None:
@@ -166,6 +188,11 @@ def _check_data(trainer: Any, strategy: Strategy, candidates: int, shadow: bool)
     size = None if is_stream(dataset) else len(dataset)
     if size == 0:
         refuse("train_dataset", "a dataset with rows", "none", "Give the trainer its dataset.")
+    if shadow and strategy.observes:
+        refuse(
+            "shadow", "off for a method that learns from the training loss", True,
+            f"{type(strategy).__name__} could not see it without changing how it is computed.",
+        )  # fmt: skip
     planned = None if size is None else strategy.epoch_plan(size, epoch=0, seed=0)
     if planned is not None:
         for bad, argument, rule, got in (
@@ -193,11 +220,14 @@ def _check_data(trainer: Any, strategy: Strategy, candidates: int, shadow: bool)
 
 
 def _check_model(
-    trainer: Any, strategy: Strategy, default_scorer: bool, reference: nn.Module | str | None
+    trainer: Any, strategy: Strategy, reference: nn.Module | str | None, groups: str | None
 ) -> None:
-    if not default_scorer:
-        return
-    needs = [name for name in strategy.needs if name not in ("ids", "tokens")]
+    if "group" in strategy.needs and groups is None:
+        refuse(
+            "groups", "the column with the group of each row", None,
+            f"{type(strategy).__name__} chooses within groups.",
+        )  # fmt: skip
+    needs = [name for name in strategy.needs if name not in ("ids", "tokens", "group")]
     CausalLMScorer(needs)
     head = getattr(trainer.model, "get_output_embeddings", lambda: None)()
     if needs and head is None:
@@ -234,11 +264,13 @@ def check_loader(loader: Any, rows: int, processes: int) -> None:
         )  # fmt: skip
 
 
-def carried_columns(trainer: Any, ids: str, reference: nn.Module | str | None) -> dict[str, str]:
+def carried_columns(
+    trainer: Any, ids: str, reference: nn.Module | str | None, groups: str | None
+) -> dict[str, str]:
     """Return which feature keys ride to which batch keys.
 
     Raises:
-        ValueError: A named column is not in the dataset, or ids are not integers.
+        ValueError: A named column is not in the dataset, or ids or groups are not integers.
     """
     dataset = trainer.train_dataset
     known = getattr(dataset, "column_names", None)
@@ -249,6 +281,8 @@ def carried_columns(trainer: Any, ids: str, reference: nn.Module | str | None) -
         columns[ROW_ID] = ROW_ID
     elif ids not in ("auto", "hash"):
         columns[ids] = ROW_ID
+    if groups is not None:
+        columns[groups] = GROUP
     if isinstance(reference, str) and reference != "adapter":
         columns[reference] = "reference_loss"
     for name, target in columns.items():
@@ -256,14 +290,59 @@ def carried_columns(trainer: Any, ids: str, reference: nn.Module | str | None) -
             continue
         if name not in known:
             refuse(
-                "ids and reference", "columns of the training dataset", repr(name),
+                "ids, groups and reference", "columns of the training dataset", repr(name),
                 f"The columns are {', '.join(known)}.",
             )  # fmt: skip
-        if target == ROW_ID and not _integers(dataset, name):
+        if target in (ROW_ID, GROUP) and not _integers(dataset, name):
             refuse(
-                "ids", "a column of integers", repr(name), "Use ids='auto' for row numbers.",
+                "ids" if target == ROW_ID else "groups", "a column of integers", repr(name),
+                "Use ids='auto' for row numbers, and number the groups.",
             )  # fmt: skip
     return columns
+
+
+def domain_sampler(
+    trainer: Any, mixture: Mixture | None, groups: str | None, *, seed: int, plain: bool,
+    numbered: bool, reference: nn.Module | str | None,
+) -> DomainSampler | None:  # fmt: skip
+    """Return the sampler of a mixture of domains, None without one.
+
+    Args:
+        trainer: Its dataset has the domain of each row in the column ``groups``.
+        mixture: Sets the proportions.
+        groups: Name of the column.
+        seed: Of the draws.
+        plain: Whether nothing else wants to decide which rows the loader reads.
+        numbered: Whether ids are row numbers.
+        reference: Where reference losses come from.
+
+    Raises:
+        ValueError: The loader's rows cannot be drawn by domain here.
+        TypeError: ``mixture`` is no mixture.
+    """
+    if mixture is None:
+        return None
+    strategy = getattr(trainer.args, "train_sampling_strategy", "random")
+    needs_reference = "reference_loss" in getattr(mixture, "needs", ())
+    for bad, argument, rule, got, remedy in (
+        (groups is None, "groups", "the column with the domain of each row", None,
+         "A mixture draws rows by domain."),
+        (not numbered, "ids", "row numbers", "others",
+         "A mixture draws rows of a map-style dataset: use ids='auto' and no column sample_id."),
+        (not plain, "mixture", "without shadow and without a method that plans epochs", mixture,
+         "Only one may decide which rows the loader reads."),
+        (strategy != "random", "train_sampling_strategy", "'random' for a mixture", strategy,
+         "The mixture decides which rows the loader reads."),
+        (needs_reference and not (isinstance(reference, str) and reference != "adapter"),
+         "reference", "a column of losses for this mixture", reference,
+         "It compares losses of the training forward with them."),
+    ):  # fmt: skip
+        if bad:
+            refuse(argument, rule, got, remedy)
+    dataset = trainer.train_dataset
+    known = hasattr(dataset, "column_names")
+    domains = dataset[groups] if known else [row[groups] for row in dataset]
+    return DomainSampler(torch.as_tensor(list(domains)), mixture, seed=seed)
 
 
 def _integers(dataset: Any, column: str) -> bool:

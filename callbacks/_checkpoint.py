@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-__all__ = ["load_selection", "save_selection"]
+__all__ = ["load_selection", "load_selections", "save_selection"]
 
 _FORMAT = 1
 
@@ -47,12 +47,24 @@ def save_selection(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stem = name if rank is None else f"{name}-rank{rank}"
+    if not rank:
+        _remove_others(folder, name, 0 if rank is None else facts["world_size"])
     # Copies, because safetensors refuses tensors that are views of each other.
     content = save({name: value.contiguous().clone() for name, value in tensors.items()})
     _write(folder / f"{stem}.safetensors", content)
     # The JSON comes last and names the digest: it never vouches for tensors that are not there.
     document = {"format": _FORMAT, "sha256": hashlib.sha256(content).hexdigest(), **facts}
     _write(folder / f"{stem}.json", json.dumps(document, indent=1).encode())
+
+
+def _remove_others(folder: Path, name: str, processes: int) -> None:
+    """Remove states that another number of processes left in a checkpoint of the same step."""
+    for file in folder.iterdir():
+        found = re.fullmatch(rf"{name}(?:-rank(\d+))?\.(json|safetensors)", file.name)
+        if found and (found[1] is None) == (processes > 0):
+            file.unlink()
+        elif found and found[1] is not None and int(found[1]) >= processes:
+            file.unlink()
 
 
 def load_selection(
@@ -97,3 +109,39 @@ def load_selection(
             f"{folder}. Resume from another checkpoint."
         )
     return load(content), facts
+
+
+def load_selections(
+    folder: str | Path, *, rank: int | None, world_size: int, owner: str = "OnlineSelection"
+) -> list[tuple[dict[str, Tensor], dict[str, Any]]] | None:
+    """Read what a run on this number of processes needs of the states that some number wrote.
+
+    Args:
+        folder: The checkpoint.
+        rank: This process; None if all of them share one state.
+        world_size: Number of processes now.
+        owner: Name used in errors.
+
+    Returns:
+        One state where all processes share it, or where this process finds its own and as many
+        processes wrote as there are now; else the states of all that wrote, in the order of their
+        ranks. None if the checkpoint holds none.
+
+    Raises:
+        ValueError: As :func:`load_selection`; files of some processes are missing.
+    """
+    here, me = Path(folder), rank or 0
+    alone = sorted(here.glob("selection-rank*.json"))
+    if (here / "selection.json").exists() or not alone:
+        found = load_selection(here, rank=None, owner=owner)
+        return None if found is None else [found]
+    first = me if (here / f"selection-rank{me}.json").exists() else 0
+    own = load_selection(here, rank=first, owner=owner)
+    assert own is not None
+    wrote = own[1]["world_size"]
+    if first == me and wrote == world_size:
+        return [own]
+    states = [
+        own if r == first else load_selection(here, rank=r, owner=owner) for r in range(wrote)
+    ]
+    return [state for state in states if state is not None]

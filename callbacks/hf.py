@@ -14,7 +14,7 @@ methods **of that instance**; :meth:`OnlineSelection.detach` puts everything bac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from onlinesel.callbacks import _attach
-from onlinesel.callbacks._checkpoint import load_selection, save_selection
 from onlinesel.callbacks._fused import FusedHeadScorer
+from onlinesel.callbacks._hf_data import TrainingData
+from onlinesel.callbacks._hf_state import resume_run, save_run
 from onlinesel.callbacks._loss import LossTap, tapped_loss
 from onlinesel.callbacks._meter import StepMeter
 from onlinesel.distributed import gather_signals
+from onlinesel.mixing import Mixture
 from onlinesel.report.runlog import RunLog
-from onlinesel.rows import ROW_ID, CarryColumns, NumberedRows, PlanSampler, content_ids
+from onlinesel.rows import GROUP, ROW_ID, content_ids
 from onlinesel.scoring import CausalLMScorer, evaluating
 from onlinesel.selector import Selector
 from onlinesel.step import StepPlan, StepPlanner
@@ -57,6 +59,13 @@ _WRAPPED = (
 class OnlineSelection(TrainerCallback):
     """Choose and weigh the rows of every optimizer step.
 
+    A checkpoint is taken up on any number of processes, and with another batch size or
+    accumulation: the rows go on behind the last one that was read, over the ends of epochs, and
+    each is read once an epoch. The trainer's own count of epochs is then bookkeeping only, and from
+    ``num_train_epochs`` it works out another number of steps: set ``max_steps``. What ranks that
+    decide alone remember is united by id. Streams and ``group_by_length`` have no order to go on
+    in, and are refused unless ``ignore_data_skip`` is set.
+
     Args:
         trainer: A ``Trainer`` or TRL ``SFTTrainer`` of a causal language model. It is changed at
             once; add the callback to the same trainer.
@@ -73,6 +82,10 @@ class OnlineSelection(TrainerCallback):
         shadow: Score and log what would be chosen, and change nothing.
         reference: Where RHO-Loss gets its reference: a causal LM, ``"adapter"`` (this model with
             its PEFT adapter off), or the name of a column of cached losses.
+        groups: Column of integers with the source or domain of each row, for methods that choose
+            within groups and for ``mixture``.
+        mixture: Draws the candidates by domain, in proportions that may follow the losses; it
+            replaces the trainer's shuffling.
         scorer: Replaces the default scorer: ``(model, batch) -> Signals``, called in eval mode
             without gradient.
         record: Folder (or an open :class:`onlinesel.report.runlog.RunLog`) in which every decision
@@ -91,6 +104,9 @@ class OnlineSelection(TrainerCallback):
         ```
     """
 
+    _planner: StepPlanner | None = None
+    _running = False
+
     def __init__(
         self,
         trainer: Any,
@@ -103,40 +119,51 @@ class OnlineSelection(TrainerCallback):
         ids: str = "auto",
         shadow: bool = False,
         reference: nn.Module | str | None = None,
+        groups: str | None = None,
+        mixture: Mixture | None = None,
         scorer: Scorer | None = None,
         record: str | Path | RunLog | None = None,
     ) -> None:
+        _attach.check_ranks(
+            trainer, strategy=strategy, candidates=candidates, scope=scope, normalize=normalize,
+            seed=seed, ids=ids, shadow=shadow, groups=groups, mixture=mixture,
+        )  # fmt: skip
         self.selector = Selector(strategy, seed=seed)
         self.normalize = strategy.normalize if normalize is None else normalize
+        self._observing = bool(strategy.observes) or bool(getattr(mixture, "needs", ()))
         _attach.check_arguments(candidates, scope, self.normalize)
         _attach.check_trainer(
             trainer,
             strategy,
             candidates=candidates,
-            weighs=self.normalize == "samples" or bool(strategy.observes),
+            weighs=self.normalize == "samples" or self._observing,
             shadow=shadow,
             default_scorer=scorer is None,
             reference=reference,
+            groups=groups,
         )
-        if shadow and strategy.observes:
-            _attach.refuse(
-                "shadow", "off for a method that learns from the training loss", True,
-                f"{type(strategy).__name__} could not see it without changing how it is computed.",
-            )  # fmt: skip
         self.trainer, self.candidates, self.scope = trainer, candidates, scope
         self.seed, self.shadow, self.ids = seed, shadow, ids
-        self._reference = reference
-        self._columns = _attach.carried_columns(trainer, ids, reference)
+        self.groups, self.mixture, self._reference = groups, mixture, reference
+        columns = _attach.carried_columns(trainer, ids, reference, groups)
+        self._domains = _attach.domain_sampler(
+            trainer, mixture, groups, seed=seed, reference=reference,
+            plain=not shadow and self._planned(1024) is None, numbered=ROW_ID in columns,
+        )  # fmt: skip
+        self._data = TrainingData(
+            trainer, columns, factor=1 if shadow else candidates, plan=self._planned,
+            sampler=self._domains,
+        )  # fmt: skip
         apart = _attach.is_sft(trainer) and _attach.is_zero3(trainer)
         self._scorer = scorer or (FusedHeadScorer if apart else CausalLMScorer)(
-            strategy.needs, reference=reference, **strategy.scorer_options
+            [name for name in strategy.needs if name != "group"],  # which rides in the batch
+            reference=reference,
+            **strategy.scorer_options,
         )
         self._meter = StepMeter(record, self._facts() | {"name": type(strategy).__name__})
-        self._planner: StepPlanner | None = None
-        self._sampler: PlanSampler | None = None
-        self._running = False
         self._training: list[Tensor] = []
-        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._references: list[Tensor | None] = []
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
         methods = {name: getattr(self, f"_on_{name}") for name in _WRAPPED}
         self._call = {name: getattr(trainer, name) for name in _WRAPPED}
         self._before = _attach.wrap(trainer, methods)
@@ -160,40 +187,24 @@ class OnlineSelection(TrainerCallback):
 
     def _on_get_train_dataloader(self) -> Any:
         """Build the trainer's own loader over candidates, with ids in the batches."""
-        trainer, dataset = self.trainer, self.trainer.train_dataset
-        build_sampler = trainer._get_train_sampler
-        factor = 1 if self.shadow else self.candidates
-        with _attach.overridden(trainer, {"_signature_columns": trainer._signature_columns}):
-            trainer._set_signature_columns_if_needed()
-            trainer._signature_columns = [*trainer._signature_columns, *self._columns]
-            if ROW_ID in self._columns:
-                if hasattr(dataset, "column_names"):
-                    dataset = trainer._remove_unused_columns(dataset, description="training")
-                self._sampler = self._plan_sampler(len(dataset))
-            changes = {
-                "train_dataset": NumberedRows(dataset) if ROW_ID in self._columns else dataset,
-                "data_collator": CarryColumns(trainer.data_collator, self._columns),
-                "_train_batch_size": trainer._train_batch_size * factor,
-                "_get_train_sampler": lambda *_: self._sampler or build_sampler(dataset),
-            }
-            with _attach.overridden(trainer, changes):
-                loader = self._call["get_train_dataloader"]()
-                if factor > 1:
-                    size, processes = trainer._train_batch_size, trainer.args.world_size
-                    _attach.check_loader(loader, size, processes)
-                return loader
+        return self._data.loader(self._call["get_train_dataloader"])
 
-    def _plan_sampler(self, rows: int) -> PlanSampler | None:
-        """Return a sampler if the strategy plans its epochs."""
+    def _planned(self, rows: int) -> Callable[[int], Tensor] | None:
+        """Return the strategy's plan of each epoch, None if it plans none."""
         strategy = self.selector.strategy
         if strategy.epoch_plan(rows, epoch=0, seed=self.seed) is None:
             return None
-        return PlanSampler(lambda epoch: strategy.epoch_plan(rows, epoch=epoch, seed=self.seed))
+
+        def plan(epoch: int) -> Tensor:
+            rows_of_epoch = strategy.epoch_plan(rows, epoch=epoch, seed=self.seed)
+            assert rows_of_epoch is not None
+            return rows_of_epoch
+
+        return plan
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell the plan its epoch, which comes from the run's own counter."""
-        if self._sampler is not None:
-            self._sampler.epoch = int((state.epoch or 0) + 1e-6)
+        """Tell the order of the rows its epoch, which comes from the run's own counter."""
+        self._data.begin_epoch(state.global_step)
 
     # The step -------------------------------------------------------------------------------
 
@@ -207,9 +218,11 @@ class OnlineSelection(TrainerCallback):
             return batches, items
         batches = [dict(self.trainer._prepare_inputs(batch)) for batch in batches]
         ids = [b.pop(ROW_ID) if ROW_ID in b else content_ids(b) for b in batches]
-        plan = self._plan(device).plan(batches, ids, self.trainer.state.global_step)
+        groups = [batch.pop(GROUP) for batch in batches if GROUP in batch] or None
+        plan = self._plan(device).plan(batches, ids, self.trainer.state.global_step, groups)
         self._meter.decided(plan)
-        for batch in (*batches, *plan.batches):
+        self._references = [batch.pop("reference_loss", None) for batch in plan.batches]
+        for batch in batches:
             batch.pop("reference_loss", None)
         if self.shadow:
             return batches, items
@@ -223,10 +236,9 @@ class OnlineSelection(TrainerCallback):
             items = items / args.world_size  # DDP's mean over ranks is all the averaging there is
         if float(items) < 1.0:  # SFTTrainer never divides by less than 1
             items, scale = torch.ones_like(items), 1.0 / float(items)
-        observing = bool(self.selector.strategy.observes)
         for index, batch in enumerate(plan.batches):
             multipliers = plan.multipliers(index)
-            if multipliers is None and (observing or scale != 1.0):
+            if multipliers is None and (self._observing or scale != 1.0):
                 multipliers = (plan.weights[index] > 0).float()
             if multipliers is not None:
                 batch[_WEIGHTS] = multipliers * scale
@@ -266,30 +278,48 @@ class OnlineSelection(TrainerCallback):
         tap = LossTap(multipliers)
         with tapped_loss(core, tap, fused=_attach.is_sft(self.trainer)):
             result = self._call["compute_loss"](model, inputs, *args, **kwargs)
-        if self.selector.strategy.observes:
+        if self._observing:
             silent = multipliers.to(tap.row_loss.device) == 0
-            losses = tap.row_loss.masked_fill(silent, float("nan"))
-            self._seen.append((self._training[len(self._seen)], losses.cpu()))
+            losses = tap.row_loss.masked_fill(silent, float("nan")).cpu()
+            index = len(self._seen)
+            reference = self._references[index]
+            known = torch.full_like(losses, float("nan")) if reference is None else reference.cpu()
+            self._seen.append((self._training[index], losses, known))
         return result
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Learn from the rows that trained, before a checkpoint of this step is written."""
         if self._seen:
-            ids, losses = (torch.cat(part) for part in zip(*self._seen, strict=True))
-            seen = Signals(ids=ids, loss=losses)
-            if self.scope == "global":
-                seen, _ = gather_signals(seen, args.device)
-            self.selector.observe(seen)
-            self._seen = []
+            self._learn(args.device)
         if isinstance(self._scorer, CausalLMScorer):
             self._scorer.advance()
         self._meter.end(state.global_step)
+
+    def _learn(self, device: torch.device) -> None:
+        ids, losses, references = (torch.cat(part) for part in zip(*self._seen, strict=True))
+        self._seen = []
+        compared = self._domains is not None and "reference_loss" in self._domains.mixture.needs
+        seen = Signals(ids=ids, loss=losses, reference_loss=references if compared else None)
+        everywhere = seen
+        if self.scope == "global" or self._domains is not None:
+            everywhere, _ = gather_signals(seen, device)
+        if self.selector.strategy.observes:
+            self.selector.observe(everywhere if self.scope == "global" else seen)
+        if self._domains is not None:
+            self._domains.observe(
+                everywhere.row_ids(),
+                everywhere.require(self, "loss"),
+                reference_loss=everywhere.reference_loss,
+            )
 
     # Logs and checkpoints -------------------------------------------------------------------
 
     def _on_log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             logs.update(self._meter.drain())
+            if self._domains is not None:
+                shares = self._domains.metrics()
+                logs.update({f"selection/{name}": value for name, value in shares.items()})
         self._call["log"](logs, *args, **kwargs)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -304,6 +334,8 @@ class OnlineSelection(TrainerCallback):
             "normalize": self.normalize,
             "ids": self.ids,
             "seed": self.seed,
+            "groups": self.groups,
+            "mixture": None if self.mixture is None else repr(self.mixture),
         }
 
     @property
@@ -317,12 +349,11 @@ class OnlineSelection(TrainerCallback):
         self._call["_save_rng_state"](output_dir)
         if self._rank is None and not self.trainer.args.should_save:
             return
-        state = self.selector.state_dict()
         facts = self._facts() | {
-            "step": state["step"],
             "world_size": self.trainer.args.world_size,
+            "data": self._data.facts(self.trainer.state.global_step),
         }
-        save_selection(output_dir, state["tensors"], facts, rank=self._rank)
+        save_run(output_dir, self.selector, self._domains, facts, self._rank)
 
     def _on__inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Start or resume the selection together with the run."""
@@ -350,20 +381,11 @@ class OnlineSelection(TrainerCallback):
 
     def _resume(self, checkpoint: str | None) -> int | None:
         """Read the state of a checkpoint; return its step, None if it has no selection."""
-        found = None if checkpoint is None else load_selection(checkpoint, rank=self._rank)
-        if found is None:
-            return None
-        tensors, facts = found
-        expected = self._facts()
-        if self._rank is not None:
-            expected["world_size"] = self.trainer.args.world_size
-        for name, value in expected.items():
-            if facts[name] != value:
-                _attach.refuse(
-                    name, f"the checkpoint's ({facts[name]})", value,
-                    f"Resume {checkpoint} with the arguments that wrote it.",
-                )  # fmt: skip
-        self.selector.load_state_dict(
-            {"strategy": facts["strategy"], "step": facts["step"], "tensors": tensors}
-        )
-        return self.selector.step
+        facts = None
+        if checkpoint is not None:
+            facts = resume_run(
+                checkpoint, self.selector, self._domains, self._facts(), self._rank,
+                self.trainer.args.world_size,
+            )  # fmt: skip
+        self._data.begin(facts)
+        return None if facts is None else self.selector.step

@@ -14,12 +14,15 @@ import torch.distributed as dist
 
 from onlinesel import Chain, When
 from onlinesel.distributed import rank
-from onlinesel.strategies import UDS, InfoBatch, SelectiveBackprop, Uniform
+from onlinesel.mixing import ODM, DoReMi
+from onlinesel.quotas import PerGroup
+from onlinesel.strategies import UDS, InfoBatch, SelectiveBackprop, TopLoss, Uniform
 from tests.callbacks.hosts import attach, make_rows, make_trainer
 from tests.strategies.contract_table import CASES
 
-STEPS, STOP = 7, 3
-"""An epoch has 6 steps with two candidates on one process: the resumed part crosses its end."""
+STEPS, STOP = 7, 4
+"""An epoch has 6 steps with two candidates on one process, and 3 on two: the stop is inside of the
+first and of the second one, and the resumed part crosses its end."""
 
 
 def cases() -> dict[str, tuple[Any, dict[str, Any]]]:
@@ -36,11 +39,19 @@ def cases() -> dict[str, tuple[Any, dict[str, Any]]]:
         "combined": (When(Chain(InfoBatch(), UDS()), start=2, otherwise=Uniform()), two),
         "rank": (SelectiveBackprop(), {**two, "scope": "rank"}),
         "batch": (UDS(), {**two, "scope": "batch"}),
+        "odm": (TopLoss(), {**two, "groups": "domain", "mixture": ODM()}),
+        "doremi": (
+            PerGroup(TopLoss()),
+            {**two, "groups": "domain", "mixture": DoReMi(), "reference": "reference_loss"},
+        ),
     }
 
 
 def rows_with_reference() -> list[dict[str, Any]]:
-    return [{**row, "reference_loss": 4.0 + 0.01 * i} for i, row in enumerate(make_rows())]
+    return [
+        {**row, "reference_loss": 4.0 + 0.01 * i, "domain": i % 5 // 2}
+        for i, row in enumerate(make_rows())
+    ]
 
 
 def train(folder: Path, name: str, resume: bool) -> tuple[Any, list[dict[str, Any]]]:

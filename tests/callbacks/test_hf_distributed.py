@@ -11,6 +11,7 @@ import torch
 
 from tests import launching
 from tests.callbacks.hosts import make_model, make_rows, reference_gradient, relative_error
+from tests.callbacks.two_ranks import DIFFERENT
 
 
 def torchrun(script: str, *arguments: str, port: int, timeout: int = 200) -> str:
@@ -110,3 +111,17 @@ def test_ranks_that_decide_differently_are_told(folder: Path) -> None:
     for rank in (0, 1):
         message = (folder / f"disagree-{rank}.txt").read_text()
         assert message.startswith("StepPlanner: ranks must reach the same decision, got digests")
+
+
+@pytest.mark.slow
+def test_ranks_that_are_set_up_differently_are_told_at_once(folder: Path) -> None:
+    """Both hear the same, with the name of what differs and both values; none waits."""
+    heard = [json.loads((folder / f"different-{rank}.json").read_text()) for rank in (0, 1)]
+    assert heard[0] == heard[1]
+    assert set(heard[0]) == set(DIFFERENT) - {"nothing"}
+    for case, message in heard[0].items():
+        name = case.split(" ")[0]
+        start = f"OnlineSelection: {name} must be the same on every rank, got ["
+        assert message.startswith(start), message
+    assert "['0', '1']" in heard[0]["seed"]
+    assert "['48 rows', '40 rows']" in heard[0]["train_dataset"].replace('"', "")

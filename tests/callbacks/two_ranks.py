@@ -16,7 +16,13 @@ from onlinesel.callbacks.hf import OnlineSelection
 from onlinesel.kernels._shards import gathered
 from onlinesel.scoring import CausalLMScorer
 from onlinesel.strategies import InfoBatch, LossReweight, TopLoss, Uniform
-from tests.callbacks.hosts import attach, make_model, make_sft_trainer, make_trainer
+from tests.callbacks.hosts import (
+    attach,
+    make_model,
+    make_rows,
+    make_sft_trainer,
+    make_trainer,
+)
 
 
 @dataclass(frozen=True)
@@ -130,11 +136,42 @@ def disagree(folder: Path) -> None:
         (folder / f"disagree-{dist.get_rank()}.txt").write_text(str(error))
 
 
+DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "seed": ({}, {"seed": 1}),
+    "strategy": ({"strategy": TopLoss()}, {"strategy": TopLoss(lowest=True)}),
+    "candidates": ({"candidates": 2}, {"candidates": 3}),
+    "candidates of which one is wrong": ({"candidates": 2}, {"candidates": 0}),
+    "scope": ({}, {"scope": "rank"}),
+    "normalize": ({"normalize": "tokens"}, {"normalize": "samples"}),
+    "ids": ({}, {"ids": "hash"}),
+    "train_dataset": ({}, {"rows": make_rows(40)}),
+    "nothing": ({"strategy": Uniform()}, {"strategy": Uniform()}),
+}
+"""What the two ranks are given."""
+
+
+def different(folder: Path) -> None:
+    """Ranks that were set up differently hear of it when the callback is made, and go on."""
+    heard = {}
+    for name, both in DIFFERENT.items():
+        options = dict(both[dist.get_rank()])
+        rows = options.pop("rows", None)
+        trainer = make_trainer(folder, rows=rows)
+        before = dict(trainer.__dict__)
+        try:
+            OnlineSelection(trainer, options.pop("strategy", TopLoss()), **options)
+        except ValueError as error:
+            heard[name] = str(error)
+            assert trainer.__dict__ == before
+    (folder / f"different-{dist.get_rank()}.json").write_text(json.dumps(heard))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     out = Path(sys.argv[1])
     plain(out)
     disagree(out)
+    different(out)
     for scenario, values in scenarios().items():
         run(out, scenario, values)
     dist.destroy_process_group()

@@ -1,0 +1,292 @@
+"""The data side of the Hugging Face callback: which rows the trainer loads, and where it stands.
+
+The trainer resumes by skipping as many batches *of each process* as it has trained, which repeats
+or loses rows where the number of processes or the size of a batch is another one. The order of an
+epoch's rows is a function of seed and epoch alone, so a checkpoint notes how many rows of it are
+behind, and a run that reads in other portions goes on with the row after them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Sampler, SequentialSampler
+
+from onlinesel.callbacks import _attach
+from onlinesel.rows import ROW_ID, CarryColumns, NumberedRows, PlanSampler
+
+__all__ = ["ContinuedOrder", "TrainingData"]
+
+
+@dataclass(frozen=True)
+class _Order:
+    """The rows of an epoch as a function of its number.
+
+    Attributes:
+        rows: Of an epoch.
+        of: ``epoch -> rows``, lazily.
+        seed: What the shuffles start from, None where there are none of the trainer's.
+    """
+
+    rows: int
+    of: Callable[[int], Iterator[int]]
+    seed: int | None = None
+
+
+class ContinuedOrder(Sampler[int]):
+    """Epochs one after the other as one stream of rows, read in portions of another length.
+
+    Args:
+        order: ``epoch -> rows``.
+        rows: Rows of an epoch.
+        behind: Rows of the stream that have been read.
+        origin: Place in the stream at which the trainer's epoch 0 would begin; may be negative.
+        length: Rows that the trainer reads in what it counts as an epoch.
+
+    Attributes:
+        epoch: The trainer's epoch that the next ``iter`` reads.
+
+    Example:
+        >>> from onlinesel.callbacks._hf_data import ContinuedOrder
+        >>> order = lambda epoch: iter([10 * epoch, 10 * epoch + 1, 10 * epoch + 2])
+        >>> stream = ContinuedOrder(order, 3, behind=2, origin=2, length=2)
+        >>> list(stream)
+        [2, 10]
+        >>> stream.epoch = 1
+        >>> list(stream)
+        [11, 12]
+    """
+
+    def __init__(
+        self,
+        order: Callable[[int], Iterator[int]],
+        rows: int,
+        *,
+        behind: int,
+        origin: int,
+        length: int,
+    ) -> None:
+        self.order, self.rows, self.behind, self.origin = order, rows, behind, origin
+        self.length, self.epoch = length, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        start = self.origin + self.epoch * self.length
+        # The trainer skips them unseen, and an order that moves must not be asked for old epochs.
+        before = min(max(self.behind - start, 0), self.length)
+        yield from (0 for _ in range(before))
+        number, first = divmod(start + before, self.rows)
+        left = self.length - before
+        while left:
+            for row in islice(self.order(number), first, min(self.rows, first + left)):
+                yield row
+                left -= 1
+            number, first = number + 1, 0
+
+
+class TrainingData:
+    """Builds the trainer's loader over candidates, and knows which rows are behind.
+
+    Args:
+        trainer: The trainer.
+        columns: Feature keys that ride to batch keys.
+        factor: Candidate rows for each row of the trainer's batch.
+        plan: ``rows -> (epoch -> (n,) row numbers)``, or to None where the strategy plans nothing.
+        sampler: Replaces the trainer's, as :class:`onlinesel.mixing.DomainSampler`.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        columns: Mapping[str, str],
+        *,
+        factor: int,
+        plan: Callable[[int], Callable[[int], Tensor] | None],
+        sampler: Any = None,
+    ) -> None:
+        self._trainer, self._columns, self._factor = trainer, dict(columns), factor
+        self._plan, self._given = plan, sampler
+        self._behind: dict[str, Any] | None = None
+        self.begin(None)
+
+    def begin(self, facts: dict[str, Any] | None) -> None:
+        """Start a run, behind what the facts of a checkpoint say was read."""
+        self._behind, self._sampler = facts, self._given
+        self._order: _Order | None = None
+        self._epoch: int | None = None
+        self._steps = 0
+
+    def loader(self, build: Callable[[], Any]) -> Any:
+        """Let the trainer build its own loader, over candidates and with ids in the batches.
+
+        Args:
+            build: The trainer's ``get_train_dataloader``.
+        """
+        trainer, dataset = self._trainer, self._trainer.train_dataset
+        build_sampler = trainer._get_train_sampler
+        with _attach.overridden(trainer, {"_signature_columns": trainer._signature_columns}):
+            trainer._set_signature_columns_if_needed()
+            trainer._signature_columns = [*trainer._signature_columns, *self._columns]
+            if ROW_ID in self._columns:
+                if hasattr(dataset, "column_names"):
+                    dataset = trainer._remove_unused_columns(dataset, description="training")
+                plan = self._plan(len(dataset))
+                if plan is not None:
+                    self._sampler = PlanSampler(plan)
+            changes = {
+                "train_dataset": NumberedRows(dataset) if ROW_ID in self._columns else dataset,
+                "data_collator": CarryColumns(trainer.data_collator, self._columns),
+                "_train_batch_size": trainer._train_batch_size * self._factor,
+                "_get_train_sampler": lambda *_: self._sampler or build_sampler(dataset),
+            }
+            with _attach.overridden(trainer, changes):
+                loader = build()
+                if self._factor > 1:
+                    size, processes = trainer._train_batch_size, trainer.args.world_size
+                    _attach.check_loader(loader, size, processes)
+        self._survey(loader)
+        return loader
+
+    # Where the run stands -------------------------------------------------------------------
+
+    def _survey(self, loader: Any) -> None:
+        """Note in which portions the trainer reads, and go on behind a checkpoint."""
+        try:
+            batches = len(loader)
+        except TypeError:
+            batches = 0
+        args, found = self._trainer.args, getattr(loader, "total_batch_size", None)
+        rows = self._trainer._train_batch_size * self._factor * args.world_size
+        self._portion = int(found or rows)  # of a micro-batch, over all processes
+        self._accumulate = args.gradient_accumulation_steps
+        self._steps = max(-(-batches // self._accumulate), 1) if batches else 0
+        self._length = batches * self._portion
+        self._order = _order_of(loader, self._sampler) if self._length else None
+        stream = _attach.is_stream(self._trainer.train_dataset)
+        self._reader = "a stream" if stream else type(_sampler_of(loader)).__name__
+        if self._behind is not None and not args.ignore_data_skip:
+            self._continue(loader, self._behind)
+
+    def _trained(self, step: int) -> tuple[int, int]:
+        """Return the trainer's epoch after so many steps, and the rows that it has read of it."""
+        epoch, steps = divmod(step, self._steps)
+        return epoch, steps * self._accumulate * self._portion
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """Return what a checkpoint must know to go on with the next row.
+
+        Args:
+            step: Optimizer steps that have trained.
+        """
+        facts: dict[str, Any] = {
+            "step": step, "portion": self._portion, "accumulate": self._accumulate,
+            "order": self._reader, "streamed": False,
+        }  # fmt: skip
+        if self._order is None:
+            return facts
+        epoch, read = self._trained(step)
+        place = epoch * self._order.rows + read
+        if isinstance(self._sampler, ContinuedOrder):
+            place = self._sampler.origin + epoch * self._length + read
+            facts["streamed"] = True
+        return {**facts, "place": place, "rows": self._order.rows, "seed": self._order.seed}
+
+    def _continue(self, loader: Any, facts: dict[str, Any]) -> None:
+        """Go on behind the rows that were read, where the trainer's own skipping would not."""
+        processes = self._trainer.args.world_size
+        old = facts.get("data")
+        if old is None:  # written before checkpoints knew
+            if facts["world_size"] != processes:
+                _refuse_order(facts["world_size"], processes, "no place in the data in it")
+            return
+        now, order = self.facts(old["step"]), self._order
+        same = all(old[name] == now[name] for name in ("portion", "accumulate"))
+        if same and not old["streamed"]:
+            return
+        if order is None or old["order"] != now["order"] or "place" not in old:
+            _refuse_order(facts["world_size"], processes, f"{old['order']} and {now['order']}")
+        assert order is not None
+        if old["rows"] != order.rows:
+            _attach.refuse(
+                "train_dataset", f"the checkpoint's ({old['rows']} rows an epoch)", order.rows,
+                "Resume with the data that wrote it, or set ignore_data_skip=True.",
+            )  # fmt: skip
+        if not old["streamed"] and old["place"] == now["place"]:
+            return
+        epoch, read = self._trained(old["step"])
+        stream = _order_of(loader, self._sampler, seed=old["seed"])
+        assert stream is not None
+        self._sampler = ContinuedOrder(
+            stream.of, order.rows, behind=old["place"], length=self._length,
+            origin=old["place"] - epoch * self._length - read,
+        )  # fmt: skip
+        self._order = stream
+        loader.set_sampler(self._sampler)
+
+    def begin_epoch(self, step: int) -> None:
+        """Tell our sampler its epoch; a trainer's call does not always arrive.
+
+        Args:
+            step: Optimizer steps that have trained.
+        """
+        if not self._steps:
+            return
+        self._epoch = step // self._steps if self._epoch is None else self._epoch + 1
+        if self._sampler is not None:
+            self._sampler.epoch = self._epoch
+
+
+def _sampler_of(loader: Any) -> Any:
+    """Return the sampler inside the batch samplers that accelerate nests."""
+    found: Any = getattr(loader, "batch_sampler", None)
+    while hasattr(found, "batch_sampler"):
+        found = found.batch_sampler
+    return getattr(found, "sampler", None)
+
+
+def _order_of(loader: Any, ours: Any, seed: int | None = None) -> _Order | None:
+    """Return the order of a loader's rows, None where it is no function of seed and epoch.
+
+    Args:
+        loader: What the trainer built.
+        ours: Our sampler, if it has one.
+        seed: Of the shuffles, if not the sampler's own.
+    """
+    if ours is not None:
+
+        def draw(epoch: int) -> Iterator[int]:
+            ours.epoch = epoch
+            return iter(ours)
+
+        return _Order(len(ours), draw)
+    sampler = _sampler_of(loader)
+    if type(sampler) is SequentialSampler:
+        rows = len(sampler)
+        return _Order(rows, lambda _: iter(range(rows)))
+    if type(sampler).__name__ != "SeedableRandomSampler":  # accelerate's
+        return None
+    shuffler: Any = sampler
+    if seed is not None:
+        shuffler.initial_seed = seed
+
+    def shuffle(epoch: int) -> Iterator[int]:
+        shuffler.set_epoch(epoch)
+        return iter(list(shuffler))
+
+    return _Order(len(shuffler), shuffle, shuffler.initial_seed)
+
+
+def _refuse_order(before: int, now: int, got: str) -> None:
+    _attach.refuse(
+        "order of the rows",
+        f"a function of seed and epoch to go on exactly from {before} process(es) on {now} or "
+        "with another batch size", got,
+        "Resume with the processes, batch size and accumulation that wrote the checkpoint, or set "
+        "ignore_data_skip=True to begin the data anew.",
+    )  # fmt: skip

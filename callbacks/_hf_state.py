@@ -1,0 +1,94 @@
+"""What the Hugging Face callback leaves in a checkpoint, and takes up on any number of ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from onlinesel.callbacks import _attach
+from onlinesel.callbacks._checkpoint import load_selections, save_selection
+from onlinesel.selector import Selector
+
+__all__ = ["resume_run", "save_run"]
+
+
+def save_run(
+    folder: str, selector: Selector, domains: Any, facts: dict[str, Any], rank: int | None
+) -> None:
+    """Write the state of a run.
+
+    Args:
+        folder: The checkpoint.
+        selector: The selector.
+        domains: The sampler of a mixture, or None.
+        facts: The callback's settings, with ``world_size`` and ``data``.
+        rank: Process that the state belongs to, None if all hold the same.
+    """
+    state = selector.state_dict()
+    tensors, facts = state["tensors"], facts | {"step": state["step"]}
+    if domains is not None:
+        mixed = domains.state_dict()
+        moved = mixed.pop("tensors")
+        tensors = tensors | {f"domains.{name}": value for name, value in moved.items()}
+        facts["domains"] = mixed
+    save_selection(folder, tensors, facts, rank=rank)
+
+
+def resume_run(
+    checkpoint: str,
+    selector: Selector,
+    domains: Any,
+    settings: dict[str, Any],
+    rank: int | None,
+    world_size: int,
+) -> dict[str, Any] | None:
+    """Take up the state of a run.
+
+    Where another number of ranks decided each for itself, a rank takes the memory and the
+    generator of the old rank of its number, counted round; what the strategy remembers by id is
+    united from all of them, and ranks that there were not keep their fresh generator.
+
+    Args:
+        checkpoint: The folder.
+        selector: As it was built for this rank.
+        domains: The sampler of a mixture, or None.
+        settings: What the checkpoint's facts must agree with.
+        rank: This process, None if all hold the same state.
+        world_size: Number of processes.
+
+    Returns:
+        The facts, None if the checkpoint has no selection.
+
+    Raises:
+        ValueError: Files are missing or damaged, or belong to other settings.
+    """
+    states = load_selections(checkpoint, rank=rank, world_size=world_size)
+    if not states:
+        return None
+    step = states[0][1]["step"]
+    for _, facts in states:
+        for name, value in (settings | {"step": step}).items():
+            if facts.get(name) != value:
+                _attach.refuse(
+                    name, f"the checkpoint's ({facts.get(name)})", value,
+                    f"Resume {checkpoint} with the arguments that wrote it.",
+                )  # fmt: skip
+    me = rank or 0
+    tensors, facts = states[me % len(states)]
+    if len(states) == 1 and (rank is None or facts["world_size"] == world_size):
+        selector.load_state_dict(_state(tensors, facts))
+    else:
+        # Its own first: what cannot be united is taken from there.
+        order = [states[(me + i) % len(states)] for i in range(len(states))]
+        place = 0 if me < len(states) else len(states)
+        selector.load_states([_state(*state) for state in order], place, world_size)
+    if domains is not None:
+        start = "domains."
+        mixed = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+        domains.load_state_dict({**facts["domains"], "tensors": mixed})
+    return facts
+
+
+def _state(tensors: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Any]:
+    return {"strategy": facts["strategy"], "step": facts["step"], "tensors": tensors}
