@@ -43,13 +43,27 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+_SMALL = 2**20
+"""Bytes of all ranks below which gathering is a sum; the same on every rank, so all do the same."""
+
+
 def _begin(tensor: Tensor) -> tuple[Tensor, Any]:
-    """Start to gather a tensor; return where all ranks' will lie, ``(W, *shape)``, and a handle."""
-    whole = tensor.new_empty(world_size() * tensor.shape[0], *tensor.shape[1:])
+    """Start to gather a tensor; return where all ranks' will lie, ``(W, *shape)``, and a handle.
+
+    Little is gathered as a sum in which every rank fills its own place and leaves zeros elsewhere:
+    a reduction goes up and down a tree, in a number of hops that grows with the logarithm of the
+    ranks, where gathering passes through all of them.
+    """
+    ranks = world_size()
+    if ranks * tensor.nbytes <= _SMALL:
+        whole = tensor.new_zeros(ranks, *tensor.shape)
+        whole[rank()] = tensor
+        return whole, dist.all_reduce(whole, async_op=True)
+    whole = tensor.new_empty(ranks * tensor.shape[0], *tensor.shape[1:])
     # torch 2.13 renamed the function and warns of the older name.
     name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     handle = getattr(dist, name)(whole, tensor.contiguous(), async_op=True)
-    return whole.view(world_size(), *tensor.shape), handle
+    return whole.view(ranks, *tensor.shape), handle
 
 
 def _gather(tensor: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-from onlinesel import Signals
+from onlinesel import Signals, distributed
 from onlinesel.agreement import smallest_over_ranks, stack_over_ranks
 from onlinesel.batch import deal
 from onlinesel.distributed import (
@@ -116,11 +117,13 @@ def ranks_of_different_sizes_are_gathered(me: int) -> None:
         lambda: gather_signals(scores, started=begin_gather(known, most=5)),
         lambda: gather_signals(scores, started=begin_gather(known, most=9)),
     ]
-    for way in ways:
-        found, counts = way()
-        assert counts == sizes and found.present().keys() == everyone.present().keys()
-        for name, value in everyone.present().items():
-            assert torch.equal(getattr(found, name), value), name
+    for small in (distributed._SMALL, 0):  # gathered as a sum, and as such
+        with mock.patch.object(distributed, "_SMALL", small):
+            for way in ways:
+                found, counts = way()
+                assert counts == sizes and found.present().keys() == everyone.present().keys()
+                for name, value in everyone.present().items():
+                    assert torch.equal(getattr(found, name), value), name
     found, counts = gather_signals(Signals(loss=mine.loss))
     assert counts == sizes and torch.equal(found.loss, everyone.loss) and found.ids is None
     refused(lambda: begin_gather(known, most=4).wait(), "begin_gather: most must be at least the")
