@@ -68,10 +68,17 @@ def top_rows(scores: Tensor, keep: int, ids: Tensor, *, largest: bool = True) ->
         >>> top_rows(torch.tensor([1.0, float("nan"), 3.0]), 2, torch.arange(3)).tolist()
         [1.0, 0.0, 1.0]
     """
-    best = order_by(scores, ids, largest=largest)[:keep]
-    weights = torch.zeros(scores.shape[0], device=scores.device)
-    weights[best] = 1.0
-    return torch.where(torch.isfinite(scores), weights, 0.0)
+    rows, finite = scores.shape[0], torch.isfinite(scores)
+    keep = min(keep, rows)
+    if keep < 1:
+        return torch.zeros(rows, device=scores.device)
+    # The last score that is kept is enough: only rows that tie with it need an order.
+    usable = torch.where(finite, scores if largest else -scores, float("-inf"))
+    last = usable.kthvalue(rows - keep + 1).values
+    best, tied = usable > last, (usable == last).nonzero().flatten()
+    weights = best.float()
+    weights[tied[ids[tied].argsort(stable=True)[: keep - int(best.sum())]]] = 1.0
+    return torch.where(finite, weights, 0.0)
 
 
 def uniform_draws(ids: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -60,6 +62,17 @@ def test_top_rows_never_fills_up_with_unusable_rows() -> None:
     assert top_rows(scores, 3, torch.arange(4)).tolist() == [0, 1, 0, 0]
     assert top_rows(torch.full((3,), NAN), 2, torch.arange(3)).tolist() == [0, 0, 0]
     assert top_rows(torch.tensor([5.0, 6.0]), 9, torch.arange(2)).tolist() == [1, 1]
+
+
+@given(st.lists(floats, min_size=1, max_size=20), st.integers(-1, 22), st.booleans(), st.randoms())
+def test_top_rows_are_the_first_in_order_that_are_usable(
+    values: list[float], keep: int, largest: bool, random: object
+) -> None:
+    scores = torch.tensor(values, dtype=torch.float64)
+    ids = torch.tensor(random.choices(range(9), k=len(values)))  # type: ignore[attr-defined]
+    first = order_by(scores, ids, largest=largest)[: max(keep, 0)].tolist()
+    wanted = [float(i in first and math.isfinite(x)) for i, x in enumerate(values)]
+    assert top_rows(scores, keep, ids, largest=largest).tolist() == wanted
 
 
 def test_uniform_draws_go_by_id() -> None:
