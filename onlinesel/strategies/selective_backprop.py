@@ -52,10 +52,11 @@ def keep_probability(loss: Tensor, history: Tensor, beta: float) -> Tensor:
         [0.25, 1.0]
     """
     finite = torch.isfinite(loss).nonzero().flatten()
+    # Asked for in their own order, the ranks are found by walking through memory, not leaping.
     ranked, order = loss[finite].sort()
-    below = torch.searchsorted(history.sort().values, loss.contiguous(), right=True)
-    # Asked in their own order, they walk through memory instead of leaping.
-    below[finite[order]] += torch.searchsorted(ranked, ranked, right=True)
+    below = torch.zeros(loss.shape, dtype=torch.int64)
+    for seen in (ranked, history.sort().values):
+        below[finite[order]] += torch.searchsorted(seen, ranked, right=True)
     share = below.double() / max(history.shape[0] + finite.shape[0], 1)
     return torch.where(torch.isfinite(loss), share**beta, float("nan"))
 
