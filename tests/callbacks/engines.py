@@ -1,4 +1,4 @@
-"""Run by torchrun on two processes: the same steps under DDP and under DeepSpeed's ZeRO stages."""
+"""Run by torchrun on two processes: the same steps under DDP, FSDP2 and DeepSpeed's ZeRO stages."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from onlinesel.strategies import UDS, LossReweight, RHOLoss, TopLoss
 from tests.callbacks.hosts import make_model, make_sft_trainer
 from tests.callbacks.two_ranks import KeepIds, poisoned, run
 
-ENGINES = ("ddp", "zero1", "zero2", "zero3")
+ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
 def deepspeed_config(stage: int) -> dict[str, Any]:
@@ -53,6 +56,15 @@ def scenarios() -> dict[str, dict[str, Any]]:
     }
 
 
+def shard(model: Any) -> Any:
+    """Load a model as transformers cuts it up with FSDP2; `fsdp` of the Trainer is DDP on a CPU."""
+    path = folder / "whole"
+    if dist.get_rank() == 0:
+        model.save_pretrained(path)
+    dist.barrier()
+    return type(model).from_pretrained(path, distributed_config=DistributedConfig(fsdp_size=2))
+
+
 def take_apart(model: Any) -> None:
     """Do to a model what loading it under ZeRO-3 does."""
     import deepspeed
@@ -67,6 +79,13 @@ def assert_engine(trainer: Any, engine: str) -> None:
     wrapped, parameters = trainer.model_wrapped, list(trainer.model.parameters())
     if engine == "ddp":
         assert type(wrapped).__name__ == "DistributedDataParallel"
+        return
+    if engine == "fsdp2":
+        assert isinstance(wrapped, FSDPModule) and wrapped is trainer.model
+        assert all(isinstance(p, DTensor) for p in parameters)
+        assert sum(p.to_local().numel() for p in parameters) * 2 == sum(
+            map(torch.numel, parameters)
+        )
         return
     stage = int(engine[-1])
     assert type(wrapped).__name__ == "DeepSpeedEngine"
@@ -85,7 +104,9 @@ if __name__ == "__main__":
     for engine in ENGINES:
         for name, options in scenarios().items():
             changes = dict(options.pop("trainer", {}))
-            if engine != "ddp":
+            if engine == "fsdp2":
+                options["shard"] = shard
+            elif engine != "ddp":
                 changes["deepspeed"] = deepspeed_config(int(engine[-1]))
             if engine == "zero3" and "reference" in options:
                 take_apart(options["reference"])

@@ -1,4 +1,4 @@
-"""DDP and ZeRO-1, -2, -3 choose what one process chooses, and apply the gradient of one."""
+"""DDP, FSDP2 and ZeRO-1, -2, -3 choose what one process chooses, and apply the gradient of one."""
 
 from __future__ import annotations
 

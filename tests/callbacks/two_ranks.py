@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from onlinesel import Selection, Signals, Strategy
 from onlinesel.callbacks.hf import OnlineSelection
-from onlinesel.kernels._shards import gathered
+from onlinesel.kernels._shards import gathered, whole
 from onlinesel.scoring import CausalLMScorer
 from onlinesel.strategies import InfoBatch, LossReweight, TopLoss, Uniform
 from tests.callbacks.hosts import (
@@ -84,10 +84,11 @@ def scenarios() -> dict[str, dict[str, Any]]:
 
 def run(folder: Path, name: str, options: dict[str, Any]) -> Any:
     """Train a step; what trained and the weights before and after go to files."""
-    host = options.pop("host", make_trainer)
+    host, shard = options.pop("host", make_trainer), options.pop("shard", None)
     model = make_model(lora=options.pop("lora", False))
-    trainer = host(folder, model=model, **options.pop("trainer", {}))
     torch.save(model.state_dict(), folder / f"{name}-before.pt")
+    model = model if shard is None else shard(model)
+    trainer = host(folder, model=model, **options.pop("trainer", {}))
     callback: OnlineSelection = attach(trainer, options.pop("strategy"), **options)
     planned: dict[str, Any] = {}
     build = callback._plan
@@ -115,7 +116,8 @@ def run(folder: Path, name: str, options: dict[str, Any]) -> Any:
     rank = dist.get_rank()
     (folder / f"{name}-{rank}.json").write_text(json.dumps(planned))
     with gathered(model):
-        torch.save(model.state_dict(), folder / f"{name}-after-{rank}.pt")
+        after = {name: whole(value) for name, value in model.state_dict().items()}
+        torch.save(after, folder / f"{name}-after-{rank}.pt")
     return trainer
 
 
