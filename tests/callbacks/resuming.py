@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from onlinesel import Chain, When
 from onlinesel.distributed import rank
+from onlinesel.kernels._shards import gathered, is_sharded
 from onlinesel.mixing import ODM, DoReMi
 from onlinesel.quotas import PerGroup
 from onlinesel.strategies import UDS, InfoBatch, SelectiveBackprop, TopLoss, Uniform
@@ -54,7 +55,9 @@ def rows_with_reference() -> list[dict[str, Any]]:
     ]
 
 
-def train(folder: Path, name: str, resume: bool) -> tuple[Any, list[dict[str, Any]]]:
+def train(
+    folder: Path, name: str, resume: bool, **changes: Any
+) -> tuple[Any, list[dict[str, Any]]]:
     strategy, options = cases()[name]
     trainer = make_trainer(
         folder / name,
@@ -65,6 +68,7 @@ def train(folder: Path, name: str, resume: bool) -> tuple[Any, list[dict[str, An
         save_steps=STOP,
         optim="adamw_torch",
         learning_rate=0.01,
+        **changes,
     )
     callback = attach(trainer, strategy, **options)
     seen: list[dict[str, Any]] = []
@@ -81,17 +85,28 @@ def train(folder: Path, name: str, resume: bool) -> tuple[Any, list[dict[str, An
     return trainer, seen
 
 
-def assert_same(folder: Path, name: str) -> None:
-    """The resumed run chooses the same rows with the same weights, and ends at the same model."""
-    first, whole = train(folder, name, resume=False)
-    second, resumed = train(folder, name, resume=True)
+def assert_same(folder: Path, name: str, build: Any = dict) -> None:
+    """The resumed run chooses the same rows with the same weights, and ends at the same model.
+
+    Args:
+        folder: For the checkpoints.
+        name: Of the case.
+        build: Makes changes of the trainer, anew for each of the two runs.
+    """
+    first, whole = train(folder, name, resume=False, **build())
+    second, resumed = train(folder, name, resume=True, **build())
     decisions = len(whole) // STEPS
     assert len(resumed) == (STEPS - STOP) * decisions
     for a, b in zip(whole[STOP * decisions :], resumed, strict=True):
         assert torch.equal(a["ids"], b["ids"]), name
         assert torch.equal(a["weights"], b["weights"]), name
-    for p, q in zip(first.model.parameters(), second.model.parameters(), strict=True):
-        assert torch.equal(p, q), name
+    with gathered(first.model), gathered(second.model):
+        for p, q in zip(first.model.parameters(), second.model.parameters(), strict=True):
+            assert torch.equal(local(p), local(q)), name
+
+
+def local(parameter: Any) -> torch.Tensor:
+    return parameter.to_local() if is_sharded(parameter) else parameter
 
 
 if __name__ == "__main__":
