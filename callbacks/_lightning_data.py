@@ -76,12 +76,10 @@ class Stream:
         self.accumulate = accumulate
         self.size: float = float("inf")  # micro-batches of an epoch
         self.standing: tuple[int, float] | None = None  # micro-batches behind and ahead, if resumed
-        self.untrained = False  # it was begun, and nothing of it has trained
+        self.begun = False
 
     def __iter__(self) -> Iterator[Token]:
-        if self.untrained:  # the trainer begins an epoch twice where it fetches ahead
-            self.reader.load_state_dict(self.reader.state_dict())
-        self.untrained = True
+        self.begun = True
         behind, ahead = self.standing or (0, self.size)
         self.standing = None
         left = min(ahead, self.trainer.fit_loop.max_batches - behind)

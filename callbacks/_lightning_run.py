@@ -12,6 +12,7 @@ from onlinesel.distributed import world_size
 from onlinesel.step import StepPlan
 
 __all__ = [
+    "begin_epoch",
     "causal_model",
     "check_run",
     "engine_of",
@@ -19,6 +20,8 @@ __all__ = [
     "move_progress",
     "needs_weighted_mean",
 ]
+
+_STAGES = ("ready", "started", "processed", "completed")
 
 
 def check_run(trainer: Any, module: Any, accumulate: int | None) -> None:
@@ -102,10 +105,30 @@ def move_progress(progress: Any, behind: int) -> None:
     checkpoint stands in the middle of a step, which is decided anew, that is not where the rows
     stand.
     """
-    current = progress.current
-    # Saved at the end of a batch, it counts that batch itself when it starts.
-    ended = current.ready == current.started == current.processed == current.completed + 1
-    delta = behind - current.completed - ended
-    for count in (current, progress.total):
-        for name in ("ready", "started", "processed", "completed"):
+    delta = behind - _counted(progress.current)
+    for count in (progress.current, progress.total):
+        for name in _STAGES:
             setattr(count, name, getattr(count, name) + delta)
+
+
+def begin_epoch(loop: Any) -> None:
+    """Make a trainer that was restored at an epoch's end begin the next at its first batch.
+
+    It goes on counting otherwise, where it counts steps and no epochs or knows no length.
+    """
+    progress = loop.epoch_loop.batch_progress
+    delta = -_counted(progress.current)
+    for name in _STAGES:
+        setattr(progress.current, name, getattr(progress.current, name) + delta)
+    progress.is_last_batch = False
+    if loop.restarted_mid_epoch or loop.restarted_on_epoch_end:
+        if loop.epoch_progress.current.completed < loop.epoch_progress.current.processed:
+            loop.epoch_progress.increment_completed()
+        loop.reset_restart_stage()
+
+
+def _counted(current: Any) -> int:
+    """Return the batches that a trainer will count as done once it has started."""
+    # Of one that was saved at the end of a batch, it counts that batch then.
+    ended = current.ready == current.started == current.processed == current.completed + 1
+    return current.completed + ended

@@ -25,6 +25,7 @@ from torch import nn
 from onlinesel.callbacks import _attach
 from onlinesel.callbacks import _lightning_data as data
 from onlinesel.callbacks._lightning_run import (
+    begin_epoch,
     causal_model,
     check_run,
     engine_of,
@@ -333,10 +334,9 @@ class OnlineSelection(Callback):
 
     def _finish(self) -> None:
         """Close the step that has just trained, once."""
-        if self._source.open and self._stream is not None:
+        if self._source.open:
             self.step += 1
             self._source.finish(self.step)
-            self._stream.untrained = False
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Drop the rest of an epoch that was skipped."""
@@ -383,15 +383,14 @@ class OnlineSelection(Callback):
         size, reader = trainer.num_training_batches, stream.reader
         behind = min(reader.behind(), size)
         if state["over"] or not loop.restarting or behind == size:
-            behind = size
             reader.end_epoch()
+            if loop.restarting:
+                begin_epoch(trainer.fit_loop)
         else:
             ahead = stream.size - behind if reader.order is None else reader.ahead()
             stream.standing = behind, ahead
             if trainer.val_check_batch == size > behind + ahead:
                 self._val_check, trainer.val_check_batch = size, behind + ahead
-        if loop.restarting and behind != float("inf"):
-            move_progress(loop.batch_progress, int(behind))
-        if stream.untrained:  # it was read ahead, from the beginning
-            stream.untrained = False
+            move_progress(loop.batch_progress, behind)
+        if stream.begun:  # the trainer has fetched ahead, of the first epoch
             iter(trainer.fit_loop._data_fetcher)

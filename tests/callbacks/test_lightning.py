@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import doctest
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 import onlinesel
 from onlinesel.callbacks import lightning as host
+from onlinesel.callbacks._meter import StepMeter
 from onlinesel.callbacks.lightning import OnlineSelection
 from onlinesel.ledger import Ledger
 from onlinesel.strategies import (
@@ -34,6 +36,7 @@ from tests.callbacks.lightning_hosts import (
     Classifier,
     Language,
     Manual,
+    Streamed,
     classified,
     close,
     equal,
@@ -69,7 +72,7 @@ def test_a_subset_applies_the_gradient_of_a_naive_loop(candidates: int, accumula
     expected = naive_top(rows, windows, candidates)
     assert [kept(plan) for plan in plans] == expected
     assert close(state_of(module), naive_steps(rows, expected))
-    assert trainer.global_step == callback.step == len(windows)
+    assert trainer.global_step == callback.step == callback.selector.step == len(windows)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -195,7 +198,24 @@ def test_a_loss_of_its_own_is_refused_where_it_is_not(strategy: Any, options: An
         make_trainer(selection(strategy), **options).fit(Classifier(weighs=False), loader())
 
 
+def test_a_mean_over_tokens_is_no_mean_over_rows() -> None:
+    class Plain(Language):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.model(**batch).loss
+
+    per_token, per_row = (
+        OnlineSelection(TopLoss(), candidates=2, normalize=n) for n in ("tokens", "samples")
+    )
+    make_trainer(per_token, max_steps=1).fit(Plain(), text_loader())
+    with pytest.raises(ValueError, match="training_step must be one that returns onlinesel"):
+        make_trainer(per_row, max_steps=1).fit(Plain(), text_loader())
+
+
 # What stays as it was -----------------------------------------------------------------------
+
+
+def names_of(module: Any) -> set[str]:
+    return set(vars(module)) - {"_hparams"}  # which Lightning adds
 
 
 def test_validation_gets_the_plain_mean_and_its_own_batches() -> None:
@@ -210,15 +230,11 @@ def test_validation_gets_the_plain_mean_and_its_own_batches() -> None:
     first = reference.losses(torch.utils.data.default_collate(rows[:8])).mean()
     assert module.validated[0] == pytest.approx(first.item())
     assert len(module.validated) == 1 + 2 * 4
-    before = len(module.validated)
+    before, names = len(module.validated), names_of(module)
     found = trainer.validate(module, loader(rows, batch_size=48), verbose=False)
     expected = module.losses(torch.utils.data.default_collate(rows)).mean()
     assert found[0]["val_loss"] == pytest.approx(expected.item())
-    assert len(module.validated) == before + 1
-
-
-def names_of(module: Any) -> set[str]:
-    return set(vars(module)) - {"_hparams"}  # which Lightning adds
+    assert len(module.validated) == before + 1 and names_of(module) == names
 
 
 def test_everything_is_put_back_and_a_second_fit_begins_anew() -> None:
@@ -291,6 +307,26 @@ def test_metrics_are_logged_every_n_steps(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == ["1", "3", "5"]
     assert all(row["selection/kept_share"] == "0.25" for row in rows)
     assert all(0 < float(row["selection/score_share"]) < 1 for row in rows)
+
+
+@pytest.mark.parametrize("rows", [classified(16), Streamed(classified(16))])
+def test_a_step_is_timed_from_reading_to_its_end(
+    rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name in ("fetch", "decided", "end"):
+        original = getattr(StepMeter, name)
+
+        def noting(self: Any, *args: Any, name: str = name, original: Any = original) -> None:
+            calls.append(name)
+            original(self, *args)
+
+        monkeypatch.setattr(StepMeter, name, noting)
+    trainer = make_trainer(selection(TopLoss(), candidates=2), accumulate_grad_batches=2)
+    trainer.fit(Classifier(), loader(rows))
+    # What is fetched ahead counts where the time passed.
+    assert re.fullmatch("((fetch )+decided end ?)+(fetch ?)*", " ".join(calls))
+    assert calls.count("end") == 2
 
 
 def test_the_record_holds_every_decision_and_the_validation(tmp_path: Path) -> None:
