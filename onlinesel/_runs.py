@@ -29,8 +29,25 @@ def size(run: Run) -> int:
     return run["ids"].shape[0]
 
 
+def _place(run: Run, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many ids of a run, which is not empty, are below each id, and whether it has it.
+
+    Args:
+        run: The run.
+        ids: ``(N,)`` int64 in any order.
+    """
+    known, rows = run["ids"], size(run)
+    first, last = int(known[0]), int(known[-1])
+    if last - first + 1 == rows:
+        # Ids without a gap, as row numbers are, tell their place themselves.
+        inside = ids.clamp(first, last)
+        return inside - first + (ids > last), inside == ids
+    at = torch.searchsorted(known, ids.contiguous())
+    return at, known[at.clamp(max=rows - 1)] == ids
+
+
 def find(run: Run, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where each id stands in a run, and whether it is there.
+    """Return where ids stand in a run, and which are there.
 
     Args:
         run: The run; may be empty.
@@ -39,31 +56,24 @@ def find(run: Run, ids: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``(N,)`` int64 positions, which mean nothing where an id is not there, and ``(N,)`` bool.
     """
-    known, rows = run["ids"], size(run)
-    if not rows:
+    if not size(run):
         return torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-    first, last = int(known[0]), int(known[-1])
-    if last - first + 1 == rows:
-        # Ids without a gap, as row numbers are, tell their place themselves.
-        at = ids.clamp(first, last) - first
-    else:
-        at = torch.searchsorted(known, ids.contiguous()).clamp(max=rows - 1)
-    return at, known[at] == ids
+    at, here = _place(run, ids)
+    return at.clamp(max=size(run) - 1), here
 
 
 def merged(older: Run, newer: Run) -> Run:
     """Return the rows of two runs; where both have an id, the newer row."""
     if not size(older) or not size(newer):
         return newer if size(newer) else older
-    ids, rows = older["ids"], size(older)
-    at = torch.searchsorted(ids, newer["ids"])
-    fresh = ids[at.clamp(max=rows - 1)] != newer["ids"]
-    if not bool(fresh.any()):
+    at, here = _place(older, newer["ids"])
+    if bool(here.all()):
         changed = {n: v.index_copy(0, at, newer[n]) for n, v in older.items() if n != "ids"}
-        return {"ids": ids, **changed}
+        return {"ids": older["ids"], **changed}
+    fresh = ~here
     before = fresh.cumsum(0)
     at += before - fresh.long()
-    old = torch.ones(rows + int(before[-1]), dtype=torch.bool)
+    old = torch.ones(size(older) + int(before[-1]), dtype=torch.bool)
     old[at[fresh]] = False
     columns = {}
     for name, value in older.items():

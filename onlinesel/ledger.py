@@ -28,6 +28,12 @@ def _empty(columns: Iterable[str]) -> Run:
     return {"ids": torch.empty(0, dtype=torch.int64), **empty}
 
 
+def _or_default(known: Tensor, column: Tensor, default: float) -> Tensor:
+    if math.isnan(default) and not column.is_floating_point():
+        default = 0
+    return torch.where(known, column, torch.tensor(default).to(column.dtype))
+
+
 # A sum of float32 that is exact: whole multiples of 2**-150 by their exponent. 2**63 / 2**24 of
 # them fit, some 10**11.
 
@@ -167,25 +173,34 @@ class Ledger:
         """
         self._column(name)
         known, found = self._rows(ids, (name,))
-        column = found[name]
-        if math.isnan(default) and not column.is_floating_point():
-            default = 0
-        return torch.where(known, column, torch.tensor(default).to(column.dtype))
+        return _or_default(known, found[name], default)
 
-    def recall(self, ids: Tensor) -> Ledger:
-        """Return a ledger of the same content that has what it knows of some ids at hand.
+    def recall(
+        self, ids: Tensor, name: str, default: float = float("nan")
+    ) -> tuple[Tensor, Ledger]:
+        """Do as :meth:`lookup`, and keep what was found at hand.
 
-        Looking them up, and updating them next, then costs no second search.
+        Updating those ids next costs no second search.
 
         Args:
             ids: ``(N,)`` int64.
+            name: A column of the table.
+            default: For ids never seen; nan means 0 for the counts, which have no nan.
+
+        Returns:
+            The column, and a ledger of the same content.
+
+        Raises:
+            ValueError: The ledger has no such column.
         """
-        unique = torch.unique(ids)
+        self._column(name)
+        unique, inverse = torch.unique(ids, return_inverse=True)
         known, found = self._rows(unique, self.columns)
         rows = {"ids": unique, **found}
         if not bool(known.all()):
-            rows = {name: value[known] for name, value in rows.items()}
-        return replace(self, _recalled=rows)
+            rows = {column: value[known] for column, value in rows.items()}
+        column = _or_default(known, found[name], default)[inverse]
+        return column, replace(self, _recalled=rows)
 
     def update(
         self, ids: Tensor, loss: Tensor, *, passed: Tensor | None = None, decay: float = 0.9

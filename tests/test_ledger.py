@@ -110,7 +110,12 @@ def test_it_is_a_dictionary(
                 _, average, visits, passes = model.get(i, (new, new, 0, 0))
                 model[i] = (new, (average + new) / 2, visits + 1, passes + hit)
             turn = data.draw(st.sampled_from(["go on", "recall", "resume", "both"]))
-            ledger = grown.recall(ids) if turn in ("recall", "both") else grown
+            if turn in ("recall", "both"):
+                found, ledger = grown.recall(ids, "loss", default=-1.0)
+                wanted = [model.get(i, (-1.0, 0.0, 0, 0)) for i in asked]
+                assert found.tolist() == [row[0] for row in wanted]
+            else:
+                ledger = grown
             ledger = Ledger.from_state(ledger.to_state()) if turn in ("resume", "both") else ledger
             assert content(ledger) == model
             exact = sum(Fraction(row[0]) for row in model.values())
@@ -172,7 +177,8 @@ def test_an_update_changes_nothing_in_place() -> None:
         before = made([1, 2], [1.0, 2.0])
         state = {name: value.clone() for name, value in before.to_state().items()}
         for ids in ([1, 9], [1, 2], [0]):
-            before.recall(torch.tensor(ids)).update(torch.tensor(ids), torch.full((len(ids),), 7.0))
+            _, ledger = before.recall(torch.tensor(ids), "visits")
+            ledger.update(torch.tensor(ids), torch.full((len(ids),), 7.0))
         after = before.to_state()
         assert all(torch.equal(value, state[name]) for name, value in after.items())
 
@@ -258,6 +264,8 @@ def test_columns_of_ones_choice() -> None:
         ValueError, match=r"Ledger: name must be a column \(loss, visits\), got 'av"
     ):
         ledger.lookup(torch.tensor([1]), "average")
+    with pytest.raises(ValueError, match="Ledger: name must be a column .*, got 'ids'. Make"):
+        ledger.recall(torch.tensor([1]), "ids")
     with pytest.raises(ValueError, match="Ledger: name must be a column .*, got 'passes'. Make"):
         ledger.update(torch.tensor([1]), torch.ones(1), passed=torch.tensor([True]))
     for wrong in (("visits",), ("loss", "loss"), ("loss", "reward")):

@@ -116,10 +116,9 @@ class InfoBatch(Strategy):
     ) -> tuple[Selection, State]:
         """Skip and scale; ``keep`` plays no part."""
         ids = signals.require(self, "ids")
-        # Most of them will train, and be updated.
-        ledger = Ledger.from_state(state).recall(ids)
         unseen = float("nan") if self.initial_loss is None else self.initial_loss
-        loss = ledger.lookup(ids, "loss", default=unseen)
+        # Most of them will train, and be updated.
+        loss, ledger = Ledger.from_state(state).recall(ids, "loss", default=unseen)
         weights = prune_weights(loss, ledger.mean, uniform_draws(ids, generator), self.prune)
         return Selection(weights, loss), ledger.to_state()
 
