@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -15,6 +16,9 @@ import torch.distributed as dist
 from onlinesel import Signals, distributed
 from onlinesel.agreement import smallest_over_ranks, stack_over_ranks
 from onlinesel.batch import deal
+from onlinesel.bench._ledgers import aged_ledger
+from onlinesel.bench._ranks import Collective, SimulatedRanks
+from onlinesel.bench._workload import Rehearsal, Workload
 from onlinesel.distributed import (
     begin_gather,
     check_agreement,
@@ -157,7 +161,63 @@ def numbers_are_compared(me: int) -> None:
     assert stacked.tolist() == [[0, 9], [1, 9], [2, 9]] and stacked.dtype == torch.uint8
 
 
+def the_simulation_sends_what_ranks_send(me: int) -> None:
+    """`onlinesel bench scale` counts what the real path hands to the backend, and decides alike."""
+    moves = 0
+    for strategy in ("TopLoss", "SelectiveBackprop", "InfoBatch", "UDS"):
+        work = Workload(strategy, ranks=RANKS, rows=3, candidates=4, tokens=16, known=500)
+        state = aged_ledger([500, 90], dense=False).state if strategy == "InfoBatch" else None
+        simulated = SimulatedRanks(RANKS, me)
+        sent: list[Collective] = []
+        real, alone = (Rehearsal(work, me, state, s) for s in (None, simulated.scoring))
+        simulated.prepare_row({name: value[:1] for name, value in alone.batch.items()})
+        for step in range(4):
+            real.pool(step)
+            with noted(sent):
+                wanted = real.decide(step)
+                if real.selector.strategy.observes:
+                    real.observe(wanted)
+            simulated.prepare(alone.pool(step), alone.counts)
+            with simulated.stand_in():
+                found = alone.decide(step)
+                if alone.selector.strategy.observes:
+                    simulated.prepare(*alone.trained(found))
+                    alone.observe(found)
+            for name in ("ids", "weights", "counts"):
+                pairs = zip(getattr(found, name), getattr(wanted, name), strict=True)
+                assert all(torch.equal(a, b) for a, b in pairs), (strategy, step, name)
+            shapes = [plan.batches[0]["input_ids"].shape for plan in (found, wanted)]
+            assert shapes[0] == shapes[1]
+        log = [(one.kind, one.sent, one.received) for one in simulated.log]
+        assert log == [(one.kind, one.sent, one.received) for one in sent]
+        assert len(log) > 12
+        moves += [kind for kind, *_ in log].count("all_to_all_single")
+    assert moves > 6
+
+
+@contextmanager
+def noted(log: list[Collective]) -> Iterator[None]:
+    """Write down what is handed to torch.distributed."""
+
+    def noting(name: str) -> Callable[..., Any]:
+        call = getattr(dist, name)
+
+        def noted(out: torch.Tensor, *rest: Any, **options: Any) -> Any:
+            source = out if name == "all_reduce" else rest[0]
+            log.append(Collective(name, source.nbytes, out.nbytes))
+            return call(out, *rest, **options)
+
+        return noted
+
+    names = ("all_reduce", "all_gather_single", "all_to_all_single")
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(dist, name, noting(name)))
+        yield
+
+
 SCENES = (
+    the_simulation_sends_what_ranks_send,
     exchanged_rows_arrive_whole_and_in_order,
     ranks_of_different_sizes_are_gathered,
     every_rank_hears_of_a_difference,

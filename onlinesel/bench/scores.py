@@ -1,30 +1,28 @@
-"""Benchmarks of the kernels against the plain way, on the machine at hand.
+"""Scores of a sample from its hidden states against the same scores from its logits.
 
-``python -m onlinesel.bench scores`` compares the scores of UDS (nuclear norm and embedding of the
-logits) computed from hidden states and the LM head with the same scores computed from the logits,
-as the paper (arXiv 2510.16882) does: logits, singular values, and two Fourier transforms. It also
-compares ``token_scores`` with a plain log-softmax. Both sides run in one process, on one sample of
-synthetic states, with the same number of threads. Peak memory is measured in a fresh process each.
+Compares the scores of UDS (nuclear norm and embedding of the logits) computed from hidden states
+and the LM head with the same scores computed from the logits, as the paper (arXiv 2510.16882) does:
+logits, singular values, and two Fourier transforms. It also compares ``token_scores`` with a plain
+log-softmax. Both sides run in one process, on one sample of synthetic states, with the same number
+of threads. Peak memory is measured in a fresh process each.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import os
-import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from onlinesel.bench._settings import machine, threads_set
 from onlinesel.kernels import HeadGram, JLProjector, LMHead, logit_nuclear_norm, token_scores
 
-__all__ = ["bench_scores", "main"]
+__all__ = ["add_arguments", "bench_scores", "run"]
 
 _PROJECTOR_TIME = 512  # the fixed length of the paper's code
 
@@ -66,9 +64,7 @@ def bench_scores(
             raise ValueError(
                 f"bench_scores: {name} must be at least 1, got {value}. Pass a positive integer."
             )
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
+    with threads_set(threads):
         result = _settings(tokens, width, vocab, repeats)
         result.update(_time_all(_inputs(tokens, width, vocab), repeats))
         if memory:
@@ -76,8 +72,6 @@ def bench_scores(
             names = ("plain", "uds", "once", "plain_token_scores", "token_scores")
             result["peak_mib"] = {name: _peak_mib(name, sizes) for name in names}
         return result
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Inputs:
@@ -220,27 +214,12 @@ def _settings(tokens: int, width: int, vocab: int, repeats: int) -> dict[str, An
         "what": "UDS scores of one sample: nuclear norm and embedding of its logits",
         "command": f"python -m onlinesel.bench scores --tokens {tokens} --width {width} "
         f"--vocab {vocab} --repeats {repeats} --threads {torch.get_num_threads()}",
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "tokens": tokens,
         "width": width,
         "vocab": vocab,
         "repeats": repeats,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "load_before": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        "processor": _processor(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **machine(),
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = (line.split(":", 1)[1].strip() for line in file if "model name" in line)
-            return next(names, platform.machine())
-    except OSError:
-        return platform.processor() or platform.machine()
 
 
 def _table(result: dict[str, Any]) -> str:
@@ -269,44 +248,20 @@ def _table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a benchmark from the command line, print its table and write its JSON.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``onlinesel bench scores``."""
+    parser.add_argument("--tokens", type=int, default=256, help="rows of the sample")
+    parser.add_argument("--width", type=int, default=896, help="hidden size")
+    parser.add_argument("--vocab", type=int, default=151936, help="vocabulary size")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
 
-    Args:
-        argv: Arguments without the program's name, or None for those of the process.
 
-    Returns:
-        0, the exit status.
-
-    Example:
-        >>> main(["scores", "--tokens", "2", "--width", "4", "--vocab", "9", "--no-memory"])
-        ... # doctest: +ELLIPSIS
-        2 tokens, width 4, vocabulary 9; ...
-        0
-    """
-    parser = argparse.ArgumentParser(prog="onlinesel bench", description="Time the kernels.")
-    scores = parser.add_subparsers(dest="what", required=True).add_parser(
-        "scores", help="scores from hidden states against scores from logits"
-    )
-    scores.add_argument("--tokens", type=int, default=256, help="rows of the sample")
-    scores.add_argument("--width", type=int, default=896, help="hidden size")
-    scores.add_argument("--vocab", type=int, default=151936, help="vocabulary size")
-    scores.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
-    scores.add_argument("--threads", type=int, default=1, help="threads of torch")
-    scores.add_argument("--no-memory", action="store_true", help="leave out peak memory")
-    scores.add_argument("--json", metavar="FILE", help="write the result there")
-    args = parser.parse_args(argv)
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Return the result and its table."""
     result = bench_scores(
         args.tokens, args.width, args.vocab, args.repeats,
         threads=args.threads, memory=not args.no_memory,
     )  # fmt: skip
-    print(_table(result))
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=2)
-            file.write("\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return result, _table(result)
