@@ -127,6 +127,10 @@ def measure(
         Processor seconds of a step by part, modelled seconds of the network, the collectives of
         the last step, and the mean number of rows that change rank.
     """
+    if steps < 1:
+        raise ValueError(
+            f"bench_scale: steps must be at least 1, got {steps}. Pass a positive integer."
+        )
     rank = work.ranks // 2
     ranks = SimulatedRanks(work.ranks, rank)
     rehearsal = Rehearsal(work, rank, None if ledger is None else ledger.state, ranks.scoring)
@@ -248,10 +252,6 @@ def bench_scale(
         [1, 4]
     """
     work, network = work or Workload(), network or Network()
-    if steps < 1:
-        raise ValueError(
-            f"bench_scale: steps must be at least 1, got {steps}. Pass a positive integer."
-        )
     if step_time is None:
         step_time = step_seconds(work.rows, work.tokens)
     with threads_set(threads):
