@@ -79,10 +79,7 @@ def resume_run(
     if len(states) == 1 and (rank is None or facts["world_size"] == world_size):
         selector.load_state_dict(_state(tensors, facts))
     else:
-        # Its own first: what cannot be united is taken from there.
-        order = [states[(me + i) % len(states)] for i in range(len(states))]
-        place = 0 if me < len(states) else len(states)
-        selector.load_states([_state(*state) for state in order], place, world_size)
+        selector.load_states([_state(*state) for state in states], me, world_size)
     if domains is not None:
         start = "domains."
         mixed = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
