@@ -54,11 +54,18 @@ def keep_probability(loss: Tensor, history: Tensor, beta: float) -> Tensor:
     finite = torch.isfinite(loss).nonzero().flatten()
     # Asked for in their own order, the ranks are found by walking through memory, not leaping.
     ranked, order = loss[finite].sort()
-    below = torch.zeros(loss.shape, dtype=torch.int64)
-    for seen in (ranked, history.sort().values):
-        below[finite[order]] += torch.searchsorted(seen, ranked, right=True)
+    seen = torch.searchsorted(history.sort().values, ranked, right=True) + _not_larger(ranked)
+    below = torch.zeros(loss.shape, dtype=torch.int64).index_copy(0, finite[order], seen)
     share = below.double() / max(history.shape[0] + finite.shape[0], 1)
     return torch.where(torch.isfinite(loss), share**beta, float("nan"))
+
+
+def _not_larger(ascending: Tensor) -> Tensor:
+    """Return how many numbers of an ascending list are not larger than each."""
+    last = torch.ones(ascending.shape, dtype=torch.bool)
+    last[:-1] = ascending[1:] != ascending[:-1]
+    ends = last.nonzero().flatten() + 1
+    return ends.repeat_interleave(ends.diff(prepend=ends.new_zeros(1)))
 
 
 def weighted_rows(
