@@ -11,7 +11,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["machine", "threads_set"]
+__all__ = ["clock", "machine", "threads_set"]
+
+
+def clock() -> float:
+    """Return seconds: of the processor where a single thread works, else of the wall.
+
+    Other work on the machine is not ours.
+    """
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def machine() -> dict[str, Any]:

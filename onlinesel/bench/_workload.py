@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from onlinesel import strategies
 from onlinesel.batch import deal
 from onlinesel.bench._ledgers import spread_ids
+from onlinesel.bench._settings import clock
 from onlinesel.distributed import gather_signals
 from onlinesel.selector import Selector
 from onlinesel.step import StepPlan, StepPlanner
@@ -86,9 +86,9 @@ class _TimedSelector(Selector):
     def select(
         self, signals: Signals, *, keep: int | None = None, step: int | None = None
     ) -> Selection:
-        start = time.thread_time()
+        start = clock()
         selection = super().select(signals, keep=keep, step=step)
-        self.seconds = time.thread_time() - start
+        self.seconds = clock() - start
         return selection
 
 
