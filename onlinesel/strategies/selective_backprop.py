@@ -142,11 +142,14 @@ class SelectiveBackprop(Strategy):
     ) -> tuple[Selection, State]:
         """Draw rows and remember the losses of all candidates, in the order of their ids."""
         loss, ids = signals.require(self, "loss"), signals.row_ids()
+        # Numbers are drawn, and losses remembered, in the order of the ids: it is found once.
+        by_id = ids.argsort(stable=True)
+        loss, ids = loss[by_id], ids[by_id]
         chance = keep_probability(loss, state["history"], self.beta)
         if self.exact:
             weights = weighted_rows(chance, keep, ids, generator)
         else:
             weights = (uniform_draws(ids, generator) < chance).float()
-        ordered = loss[ids.argsort(stable=True)]
-        history = torch.cat([state["history"], ordered[torch.isfinite(ordered)]])
+        history = torch.cat([state["history"], loss[torch.isfinite(loss)]])
+        weights, chance = (x.index_copy(0, by_id, x) for x in (weights, chance))
         return Selection(weights, chance), {"history": history[-self.capacity :].clone()}
