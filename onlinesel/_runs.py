@@ -17,8 +17,9 @@ __all__ = ["RATIO", "Run", "SMALL", "find", "merged", "settled", "size", "surplu
 Run = dict[str, Tensor]
 """``ids`` (n,) int64, ascending without repetition, and columns of the same length."""
 
-RATIO = 4
-"""A run is merged into the one before it unless that one is so many times larger."""
+RATIO = 8
+"""A run is merged into the one before it unless that one is so many times larger: more of them
+are rewritten less often, and have to be searched one by one."""
 
 SMALL = 4096
 """A run below this size takes the next one in whatever its size: that costs less than a search."""

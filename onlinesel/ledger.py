@@ -73,7 +73,7 @@ class Ledger:
     is known does not depend on the order or the rank in which rows were seen: a ledger survives a
     change of world size.
 
-    An id takes 8 bytes and each column 4, and up to a third more while updates wait to be merged.
+    An id takes 8 bytes and each column 4, and up to a seventh more while updates wait to be merged.
 
     Args:
         columns: What to remember of each row, ``"loss"`` and any of the others:

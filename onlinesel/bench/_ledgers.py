@@ -37,7 +37,7 @@ def turnover(known: int, rows: int) -> Turnover:
 
     Example:
         >>> turnover(1_000_000, 5_000)
-        Turnover(steps=54, rewritten=52962.96296296296, sizes=[1000000, 120000, 20000])
+        Turnover(steps=29, rewritten=71379.31034482758, sizes=[1000000, 70000, 5000])
     """
     steps = rewritten = 0
     for _, written in _sizes(known, min(rows, known)):

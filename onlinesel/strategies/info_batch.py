@@ -17,8 +17,8 @@ moment, so no host needs to know where an epoch begins. A skipped row keeps its 
 paper's last epochs train on everything: ``When(InfoBatch(), stop=int(0.875 * max_steps))``.
 
 Cost: no forward. Rows that are skipped save their whole training step, up to ``prune`` times the
-share of rows below the mean. 16 bytes a row of the dataset, up to 22 while updates wait to be
-merged; the mean is kept up to date. A step costs what its own rows do, times the logarithm of all.
+share of rows below the mean. 16 bytes a row of the dataset, up to 18.3 while updates wait to be
+merged. A step costs what its own rows do, times the logarithm of all.
 
 When it loses: in a single epoch, where no row comes back, it does nothing. The losses are those
 of rows that trained, up to an epoch old. Batches get smaller, and their gradients noisier.
