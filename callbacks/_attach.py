@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from onlinesel.agreement import check_settings
+from onlinesel.distributed import world_size
 from onlinesel.mixing import DomainSampler, Mixture
 from onlinesel.rows import GROUP, ROW_ID
 from onlinesel.scoring import CausalLMScorer
@@ -83,13 +84,20 @@ def check_ranks(trainer: Any, **settings: Any) -> None:
 
     This comes before any check that only some ranks might fail, and leave the others waiting.
     """
+    args = getattr(trainer, "args", None)
+    known, found = getattr(args, "world_size", 1), world_size()
+    if known != found:
+        refuse(
+            "processes", f"those that the trainer knows of ({known})", found,
+            "It would train on each of them apart. On CPUs set use_cpu=True, by which it finds the "
+            "others.",
+        )  # fmt: skip
     dataset = getattr(trainer, "train_dataset", None)
     rows = None if dataset is None or is_stream(dataset) else len(dataset)
     shown = {"train_dataset": f"{rows} rows", **settings}
     # Addresses of objects differ between processes that hold the same.
     same = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in shown.items()}
-    device = getattr(getattr(trainer, "args", None), "device", "cpu")
-    check_settings("OnlineSelection", same, device)
+    check_settings("OnlineSelection", same, getattr(args, "device", "cpu"))
 
 
 def check_arguments(candidates: object, scope: str, normalize: str) -> None:

@@ -131,6 +131,16 @@ def test_data_parallel_is_refused(tmp_path: Path) -> None:
         OnlineSelection(trainer, TopLoss())
 
 
+def test_processes_that_the_trainer_does_not_know_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes on a CPU without use_cpu: transformers would train two models apart."""
+    monkeypatch.setattr("onlinesel.callbacks._attach.world_size", lambda: 2)
+    message = r"processes must be those that the trainer knows of \(1\), got 2.*use_cpu=True"
+    with pytest.raises(ValueError, match=message):
+        OnlineSelection(make_trainer(tmp_path), TopLoss())
+
+
 def test_attaching_twice_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     attach(trainer, TopLoss())

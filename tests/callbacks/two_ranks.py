@@ -16,6 +16,7 @@ from onlinesel.callbacks.hf import OnlineSelection
 from onlinesel.kernels._shards import gathered, whole
 from onlinesel.scoring import CausalLMScorer
 from onlinesel.strategies import InfoBatch, LossReweight, TopLoss, Uniform
+from tests.callbacks.costs import uniform_run
 from tests.callbacks.hosts import (
     attach,
     make_model,
@@ -174,6 +175,7 @@ if __name__ == "__main__":
     plain(out)
     disagree(out)
     different(out)
+    (out / f"cost-{dist.get_rank()}.json").write_text(json.dumps(uniform_run(out, batch=16)))
     for scenario, values in scenarios().items():
         run(out, scenario, values)
     dist.destroy_process_group()
