@@ -8,6 +8,7 @@ trainer that fetches ahead thus never fetches a decision made with older weights
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, NoReturn
 
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
@@ -19,7 +20,7 @@ from onlinesel.distributed import world_size
 from onlinesel.loader import CandidateLoader, Candidates
 from onlinesel.order import torch_loader
 
-__all__ = ["SizedStream", "Stream", "Token", "Window", "check_loader", "refuse", "stream_over"]
+__all__ = ["Stream", "Token", "Window", "check_loader", "check_window", "refuse"]
 
 
 def refuse(argument: str, rule: str, got: object, remedy: str) -> NoReturn:
@@ -61,7 +62,9 @@ class Stream:
     Args:
         trainer: The Lightning trainer.
         source: Plans the steps.
-        reader: Reads the windows.
+        loader: The user's.
+        attach: Gives the reader of the windows; called when the length or the first rows are
+            wanted, since strategies ask for a loader before there is a model.
         accumulate: Says how many micro-batches a window has.
     """
 
@@ -69,14 +72,35 @@ class Stream:
         self,
         trainer: Any,
         source: StepSource,
-        reader: CandidateLoader,
+        loader: Any,
+        attach: Callable[[], CandidateLoader],
         accumulate: Callable[[], int],
     ) -> None:
-        self.trainer, self.source, self.reader = trainer, source, reader
-        self.accumulate = accumulate
-        self.size: float = float("inf")  # micro-batches of an epoch
+        self.trainer, self.source, self.loader = trainer, source, loader
+        self._attach, self._accumulate = attach, accumulate
         self.standing: tuple[int, float] | None = None  # micro-batches behind and ahead, if resumed
         self.begun = False
+
+    @cached_property
+    def reader(self) -> CandidateLoader:
+        """Reads the windows."""
+        return self._attach()
+
+    @cached_property
+    def size(self) -> float:
+        """Micro-batches of an epoch, as many as every rank has; infinite if one has no length."""
+        try:
+            size = self.reader.micro_batches()
+        except TypeError:
+            size = -1
+        size = smallest_over_ranks(size, self.source.device)
+        return size if size >= 0 else float("inf")
+
+    def __len__(self) -> int:
+        """Return the size; without one the trainer fetches ahead to see the end."""
+        if self.size == float("inf"):
+            raise TypeError("the loader has no length")
+        return int(self.size)
 
     def __iter__(self) -> Iterator[Token]:
         self.begun = True
@@ -88,7 +112,7 @@ class Stream:
             early = self.source.open
             if not early:
                 self.source.meter.fetch()
-            accumulate = self.accumulate()
+            accumulate = self._accumulate()
             parts = next(windows, None)
             if parts is None:
                 return
@@ -108,32 +132,11 @@ class Stream:
     @property
     def worker_init_fn(self) -> Any:
         """The torch loader's own, which the trainer sets where workers are to be seeded."""
-        return _workers_of(self.reader.loader).worker_init_fn
+        return _workers_of(self.loader).worker_init_fn
 
     @worker_init_fn.setter
     def worker_init_fn(self, function: Any) -> None:
-        _workers_of(self.reader.loader).worker_init_fn = function
-
-
-class SizedStream(Stream):
-    """A stream whose number of micro-batches is known; without one the trainer fetches ahead."""
-
-    def __len__(self) -> int:
-        return int(self.size)
-
-
-def stream_over(
-    trainer: Any, source: StepSource, reader: CandidateLoader, accumulate: Callable[[], int]
-) -> Stream:
-    """Return a stream, with a length if all ranks have one; every rank must call it."""
-    try:
-        size = reader.micro_batches()
-    except TypeError:
-        size = -1
-    size = smallest_over_ranks(size, source.device)
-    stream = (SizedStream if size >= 0 else Stream)(trainer, source, reader, accumulate)
-    stream.size = size if size >= 0 else float("inf")
-    return stream
+        _workers_of(self.loader).worker_init_fn = function
 
 
 def _workers_of(loader: Any) -> Any:
@@ -178,4 +181,20 @@ def check_loader(trainer: Any, loader: Any, order: Any) -> None:
             "use_distributed_sampler", "True for a loader with torch's own sampler", False,
             "All rows of its dataset are dealt to the ranks. Where each rank has a dataset of its "
             "own, give it a sampler of your own and ids= of a column that is unique over ranks.",
+        )  # fmt: skip
+
+
+def check_window(window: Window, size: int, ready: int) -> None:
+    """Refuse a window that the trainer will not accumulate as it was read.
+
+    Args:
+        window: That begins.
+        size: Micro-batches of an optimizer step now.
+        ready: Batches that the trainer has had in this epoch.
+    """
+    if size != window.accumulate or ready % size:
+        refuse(
+            "accumulate_grad_batches", "the same through all of a step's micro-batches",
+            f"{size} after {window.accumulate}", "Change it between epochs only, and give the "
+            "loader a length where it changes at the first.",
         )  # fmt: skip

@@ -36,7 +36,7 @@ from onlinesel.callbacks._lightning_run import (
 from onlinesel.callbacks._source import MicroBatch, Score, StepSource
 from onlinesel.columns import as_columns
 from onlinesel.distributed import rank
-from onlinesel.loader import Candidates
+from onlinesel.loader import CandidateLoader, Candidates
 from onlinesel.report.runlog import RunLog
 from onlinesel.scoring import evaluating, unwrap
 from onlinesel.selector import Selector
@@ -178,11 +178,13 @@ class OnlineSelection(Callback):
         self._trainer = trainer
         loader, strategy = trainer.fit_loop._data_source, trainer.strategy
         give, move = loader.dataloader, strategy.batch_to_device
-        prepare = pl_module._on_before_batch_transfer
+        prepare, streams = pl_module._on_before_batch_transfer, []  # type: ignore[var-annotated]
 
         # Functions and no methods of this object: a copy of the module must not copy the trainer.
-        def dataloader() -> Any:
-            return self._streamed(give())
+        def dataloader() -> Any:  # strategies ask for it as well
+            if not streams:
+                streams.append(self._streamed(give()))
+            return streams[0]
 
         def on_before_batch_transfer(batch: Any, dataloader_idx: int = 0) -> Any:
             return batch if isinstance(batch, data.Token) else prepare(batch, dataloader_idx)
@@ -237,19 +239,27 @@ class OnlineSelection(Callback):
 
     def _streamed(self, loader: Any) -> Any:
         """Return what the trainer iterates instead of the loader."""
+        data.check_loader(self._trainer, loader, self._order)
+        before = self._stream
+        self._stream = data.Stream(
+            self._trainer, self._source, loader, partial(self._attach, loader, before),
+            self._window_size,
+        )  # fmt: skip
+        return self._stream
+
+    def _attach(self, loader: Any, before: data.Stream | None) -> CandidateLoader:
+        """Take the loader and the model, which is there by now."""
         trainer, module = self._trainer, self._trainer.lightning_module
-        data.check_loader(trainer, loader, self._order)
         language = causal_model(module)
         model = module if language is None or self._score is not None else language
         reader = self._source.attach(
             loader, model, accumulate=self._window_size, device=trainer.strategy.root_device,
             call=self._through_strategy, core=module if language is None else unwrap(language),
         )  # fmt: skip
-        if self._stream is not None:  # a second fit of one trainer begins another epoch
-            reader.load_state_dict(self._stream.reader.state_dict())
+        if before is not None:  # a second fit of one trainer begins another epoch
+            reader.load_state_dict(before.reader.state_dict())
             reader.end_epoch()
-        self._stream = data.stream_over(trainer, self._source, reader, self._window_size)
-        return self._stream
+        return reader
 
     def _through_strategy(self, function: Callable[[Any], Any], model: nn.Module) -> Any:
         """Call a function of the model inside the forward of whatever wraps the module."""
@@ -270,7 +280,7 @@ class OnlineSelection(Callback):
         """Return the batch that trains in a token's place, deciding its step if it is the first."""
         window, loop = token.window, self._trainer.fit_loop.epoch_loop
         if token.index == 0:
-            self._check_window(window, loop)
+            data.check_window(window, self._window_size(), loop.batch_progress.current.ready)
             if window.ahead:
                 self._source.meter.fetch()
             parts = [self._moved(part, prepare, move) for part in window.parts]
@@ -290,15 +300,6 @@ class OnlineSelection(Callback):
         batch = self._trainer.precision_plugin.convert_input(part.rebuild(part.columns))
         columns = as_columns(move(prepare(batch, 0), dataloader_idx=0))
         return replace(part, columns=columns.values, rebuild=columns.rebuild)
-
-    def _check_window(self, window: data.Window, loop: Any) -> None:
-        size = self._window_size()
-        if size != window.accumulate or loop.batch_progress.current.ready % size:
-            data.refuse(
-                "accumulate_grad_batches", "the same through all of a step's micro-batches",
-                f"{size} after {window.accumulate}", "Change it between epochs only, and give the "
-                "loader a length where it changes at the first.",
-            )  # fmt: skip
 
     # The step -------------------------------------------------------------------------------
 
@@ -362,7 +363,7 @@ class OnlineSelection(Callback):
         """Return everything that a resumed run needs; every rank must call it."""
         if self._loaded is not None:  # saved before the first batch
             return self._loaded
-        if self._stream is None:
+        if self._stream is None or "reader" not in vars(self._stream):
             return {}
         progress = self._trainer.fit_loop.epoch_loop.batch_progress.current
         if self._micro is not None and self._micro.last and progress.processed == progress.ready:

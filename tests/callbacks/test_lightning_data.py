@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
@@ -11,18 +12,21 @@ import torch
 
 pytest.importorskip("lightning")
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 import onlinesel
+from onlinesel.callbacks.lightning import OnlineSelection
 from onlinesel.strategies import (
     TopLoss,
     Uniform,
 )
+from tests.callbacks.hosts import make_model
 from tests.callbacks.lightning_hosts import (
     QUIET_LIGHTNING,
     Batches,
     Classifier,
+    Language,
     Streamed,
     classified,
     close,
@@ -35,6 +39,7 @@ from tests.callbacks.lightning_hosts import (
     row_losses,
     selection,
     state_of,
+    text_loader,
 )
 
 pytestmark = QUIET_LIGHTNING
@@ -228,3 +233,52 @@ def test_a_module_may_skip_the_rest_of_an_epoch() -> None:
         make_trainer(selection(Uniform()), max_epochs=2).fit(module, loader(classified(8)))
     assert [list(kept(plan)) for plan in plans] == [[0, 1], [2, 3], [4, 5]] * 2
     assert onlinesel.weighted_mean(torch.tensor([1.0, 3.0])) == 2.0
+
+
+def test_workers_are_seeded_as_lightning_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_SEED_WORKERS", "1")
+    rows, batches = classified(), loader(num_workers=1)
+    with planned() as plans:
+        make_trainer(selection(TopLoss(), candidates=2), max_steps=2).fit(Classifier(), batches)
+    assert batches.worker_init_fn is not None
+    assert [kept(plan) for plan in plans] == naive_top(rows, [range(4), range(4, 8)], 2)
+    make_trainer(selection(Uniform()), max_steps=1).fit(Classifier(), Batches(list(loader()), 24))
+
+
+def test_a_copy_of_the_module_copies_no_trainer() -> None:
+    """Callbacks that average weights copy the module while it is wrapped."""
+    copies = []
+
+    class Copying(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.trainer = None
+            copies.append(copy.deepcopy(pl_module))
+            pl_module.trainer = trainer
+
+    module = Classifier()
+    make_trainer(selection(TopLoss(), candidates=2), Copying(), max_steps=1).fit(module, loader())
+    assert close(state_of(copies[0]), naive_steps(classified(), []))
+    wrapped = vars(copies[0])["_on_before_batch_transfer"]
+    assert wrapped([1], 0) == [1]  # a function, shared and not copied
+
+
+def test_a_strategy_may_ask_for_the_loader_before_there_is_a_model() -> None:
+    """DeepSpeed's does, to learn the batch size, before it shards a model that is not there yet."""
+
+    class Late(Language):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.model
+
+        def configure_model(self) -> None:
+            asked.append(self.trainer.fit_loop._data_source.dataloader())
+            self.model = make_model()
+
+    asked: list[Any] = []
+    trained = []
+    for module in (Late(), Language()):
+        with planned() as plans:
+            trainer = make_trainer(OnlineSelection(TopLoss(), candidates=2), max_steps=2)
+            trainer.fit(module, text_loader())
+        trained.append([kept(plan) for plan in plans])
+    assert len(asked) == 1 and trained[0] == trained[1]
