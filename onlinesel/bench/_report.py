@@ -107,6 +107,9 @@ def _draw(axes: Any, points: Sequence[dict[str, Any]], name: str) -> None:
             filled = line.get_color() if not point.get("extrapolated") else "white"
             axes.plot(x, y, marker, color=line.get_color(), markerfacecolor=filled, markersize=5)
     axes.set_xscale("log", base=10 if name == "known" else 2)
+    if name != "known":
+        ticks = sorted({point[name] for point in points})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
 
 
 def _label(point: dict[str, Any], name: str) -> str:
