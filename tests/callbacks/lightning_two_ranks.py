@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
 
 import onlinesel
 from onlinesel.callbacks.lightning import OnlineSelection
+from onlinesel.kernels._shards import gathered
 from onlinesel.strategies import UDS, InfoBatch, LossReweight, SelectiveBackprop, TopLoss, Uniform
+from tests.callbacks.hosts import make_rows
 from tests.callbacks.lightning_hosts import (
     Classifier,
     Language,
@@ -31,6 +33,7 @@ from tests.callbacks.lightning_hosts import (
 from tests.callbacks.two_ranks import KeepIds
 
 ROWS = 50
+ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
 def failing(bad_rank: int | None) -> Any:
@@ -71,10 +74,11 @@ def trainer_of(*callbacks: Any, **options: Any) -> Any:
 
 
 def whole(module: Any) -> dict[str, torch.Tensor]:
-    return {
-        n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for n, p in module.named_parameters()
-    }
+    with gathered(module):
+        return {
+            n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+            for n, p in module.named_parameters()
+        }
 
 
 def fit(name: str, module: Any, batches: Any, callback: Any, *others: Any, **options: Any) -> Any:
@@ -113,25 +117,70 @@ def fsdp2(tensors: int = 1) -> Any:
     )
 
 
+class Sharded(Language):
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+
+class ZeroOnCPU(DeepSpeedStrategy):
+    """Lightning's own strategy, without its check that there is a GPU."""
+
+    def __init__(self, stage: int) -> None:
+        config = {
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        super().__init__(config=config, process_group_backend="gloo")
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", 0)  # the engine wants an index
+
+    def setup_environment(self) -> None:
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+
+def strategy_of(engine: str) -> Any:
+    if engine.startswith("zero"):
+        return ZeroOnCPU(int(engine[-1]))
+    return fsdp2() if engine == "fsdp2" else DDPStrategy(process_group_backend="gloo")
+
+
+def module_of(engine: str) -> Language:
+    return Sharded() if engine == "fsdp2" else Language()
+
+
+def check_engine(engine: str, trainer: Any) -> None:
+    """The engine is what it is called, and has taken apart what it says."""
+    parameters = list(trainer.lightning_module.parameters())
+    assert all(isinstance(p, DTensor) for p in parameters) == (engine == "fsdp2")
+    if engine.startswith("zero"):
+        assert trainer.strategy.model.zero_optimization_stage() == int(engine[-1])
+        assert all(p.numel() == 0 for p in parameters) == (engine == "zero3")
+
+
 def languages() -> None:
-    """One step of a language model under each engine."""
-
-    class Sharded(Language):
-        def configure_model(self) -> None:
-            mesh = self.device_mesh["data_parallel"]
-            for layer in self.model.model.layers:
-                fully_shard(layer, mesh=mesh)
-            fully_shard(self.model, mesh=mesh)
-
-    for name, strategy in (("top", TopLoss()), ("uds", UDS()), ("weights", LossReweight())):
-        for engine, make in (("ddp", Language), ("fsdp2", Sharded)):
-            module = make()
-            callback = OnlineSelection(strategy, candidates=1 if name == "weights" else 2)
-            options = {"strategy": fsdp2()} if engine == "fsdp2" else {}
-            options |= {"accumulate_grad_batches": 2, "max_steps": 1}
-            fit(f"{engine}-{name}", module, text_loader(), callback, **options)
-            sharded = [isinstance(p, DTensor) for p in module.parameters()]
-            assert all(sharded) if engine == "fsdp2" else not any(sharded)
+    """One step of a language model under each engine; `short` has one micro-batch for two."""
+    methods = {"top": TopLoss(), "uds": UDS(), "weights": LossReweight(), "short": TopLoss()}
+    for engine in ENGINES:
+        for name, strategy in methods.items():
+            if engine in ("zero1", "zero2") and name in ("uds", "weights"):
+                continue
+            candidates = 1 if name == "weights" else 2
+            rows = make_rows()[: 4 * candidates * (1 if name == "short" else 2)]
+            callback = OnlineSelection(strategy, candidates=candidates)
+            options = {"strategy": strategy_of(engine), "accumulate_grad_batches": 2}
+            name = f"{engine}-{name}"
+            trainer = fit(name, module_of(engine), text_loader(rows), callback, **options)
+            check_engine(engine, trainer)
 
 
 class Uneven(IterableDataset):
@@ -197,6 +246,21 @@ def resuming() -> None:
         fit(f"one-{name}-after", Classifier(), batches(), uniform, **twice, ckpt_path=start)
 
 
+def resuming_engines() -> None:
+    """Engines that restore a checkpoint after the trainer has set everything up."""
+    for engine in ("fsdp2", "zero2"):
+        path = FOLDER / f"{engine}.ckpt"
+        for part in ("whole", "before", "after"):
+            callback = OnlineSelection(SelectiveBackprop(), candidates=2)
+            others = [SaveAt(path, 2)] if part == "before" else []
+            start = path if part == "after" else None
+            options = {"strategy": strategy_of(engine), "accumulate_grad_batches": 2}
+            batches = text_loader(shuffle=True)
+            name = f"{engine}-{part}"
+            fit(name, module_of(engine), batches, callback, *others, **options, ckpt_path=start)
+            dist.barrier()
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -206,4 +270,5 @@ if __name__ == "__main__":
     languages()
     loaders()
     resuming()
+    resuming_engines()
     dist.destroy_process_group()

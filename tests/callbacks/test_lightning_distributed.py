@@ -28,7 +28,7 @@ from tests.callbacks.lightning_hosts import (
     selection,
     state_of,
 )
-from tests.callbacks.lightning_two_ranks import ROWS
+from tests.callbacks.lightning_two_ranks import ENGINES, ROWS
 from tests.launching import torchrun
 
 pytestmark = [pytest.mark.slow, *QUIET_LIGHTNING]
@@ -146,8 +146,15 @@ def test_steps_without_rows_move_nothing_and_hang_nobody(folder: Path, name: str
         assert all(step["weights"] == [[0.0]] for step in rank["steps"])
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", ["top", "uds", "weights"])
+LANGUAGES = [
+    (engine, name)
+    for engine in ENGINES
+    for name in ("top", "uds", "weights", "short")
+    if engine not in ("zero1", "zero2") or name in ("top", "short")
+]
+
+
+@pytest.mark.parametrize(("engine", "name"), LANGUAGES)
 def test_language_models_apply_the_loss_contract(folder: Path, engine: str, name: str) -> None:
     ranks = read(folder, f"{engine}-{name}")
     (rows,) = together(ranks)
@@ -155,7 +162,7 @@ def test_language_models_apply_the_loss_contract(folder: Path, engine: str, name
     before = {f"model.{n}": p.detach().clone() for n, p in model.named_parameters()}
     found, _ = reference_gradient(model, make_rows(), list(rows), list(rows.values()), normalize)
     gradient = {f"model.{n}": part for n, part in found.items()}
-    assert len(rows) == 8
+    assert len(rows) == (4 if name == "short" else 8)
     for rank in ranks:
         assert relative_error(before, rank["state"], gradient) < 1e-6
 
@@ -191,12 +198,12 @@ def test_what_ranks_cannot_share_is_refused_on_all(folder: Path, name: str, mess
 # Resuming -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scope", ["global", "rank"])
+@pytest.mark.parametrize("scope", ["global", "rank", "fsdp2", "zero2"])
 def test_stopping_makes_no_difference(folder: Path, scope: str) -> None:
     runs = {part: read(folder, f"{scope}-{part}") for part in ("whole", "before", "after")}
     for rank in (0, 1):
         whole, before, after = (runs[part][rank] for part in ("whole", "before", "after"))
-        assert len(before["steps"]) == 2
+        assert before["steps"] and after["steps"]
         assert before["steps"] + after["steps"] == whole["steps"]
         assert equal(after["state"], whole["state"])
 
