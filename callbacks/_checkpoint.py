@@ -40,14 +40,15 @@ def save_selection(
     Args:
         folder: The checkpoint; made if missing.
         tensors: Flat state.
-        facts: What JSON can hold; checked again on load.
+        facts: What JSON can hold; checked again on load. With ``world_size`` among them, states
+            that another number of processes left in the folder are removed.
         rank: Process the state belongs to, None if all share it.
         name: Of the files; callbacks that may act on one trainer have names of their own.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stem = name if rank is None else f"{name}-rank{rank}"
-    if not rank:
+    if not rank and "world_size" in facts:
         _remove_others(folder, name, 0 if rank is None else facts["world_size"])
     # Copies, because safetensors refuses tensors that are views of each other.
     content = save({name: value.contiguous().clone() for name, value in tensors.items()})

@@ -46,7 +46,7 @@ class Spent:
 
 
 def uniform_run(folder: Path, batch: int = 8) -> dict[str, float]:
-    """Train 1.1 M parameters on rows of 128 tokens, so many a step and process; nothing to choose."""
+    """Train 1.1 M parameters with nothing to choose, on rows of 128 tokens."""
     count = 2 * batch * STEPS
     tokens = torch.randint(1, 2048, (count, 128), generator=torch.Generator().manual_seed(0))
     rows = [{"input_ids": row, "labels": row} for row in tokens.tolist()]

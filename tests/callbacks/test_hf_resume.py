@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from onlinesel.callbacks._checkpoint import save_selection
 from onlinesel.strategies import SelectiveBackprop, TopLoss, Uniform
 from tests.callbacks.hosts import attach, make_trainer
 from tests.callbacks.resuming import assert_same, cases
@@ -115,3 +116,18 @@ def test_states_of_ranks_do_not_fit_one_for_all(tmp_path: Path, checkpoint: Path
         (checkpoint / f"selection.{suffix}").rename(checkpoint / f"selection-rank0.{suffix}")
     with pytest.raises(ValueError, match=r"scope must be the checkpoint's \(global\), got rank"):
         resume(tmp_path / "other", checkpoint, SelectiveBackprop(), scope="rank")
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_states_of_another_number_of_processes_are_removed(
+    tmp_path: Path, processes: int | None
+) -> None:
+    """A checkpoint folder that is written again must not hold two truths."""
+    tensors = {"generator": torch.zeros(1)}
+    for rank in (None, 0, 1, 2):
+        save_selection(tmp_path, tensors, {}, rank=rank)
+    save_selection(tmp_path, tensors, {}, rank=None, name="other")
+    rank = None if processes is None else 0
+    save_selection(tmp_path, tensors, {"world_size": processes or 1}, rank=rank)
+    stems = {path.stem for path in tmp_path.iterdir()} - {"other"}
+    assert stems == ({"selection"} if rank is None else {"selection-rank0", "selection-rank1"})
