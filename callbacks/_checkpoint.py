@@ -40,32 +40,19 @@ def save_selection(
     Args:
         folder: The checkpoint; made if missing.
         tensors: Flat state.
-        facts: What JSON can hold; checked again on load. With ``world_size`` among them, states
-            that another number of processes left in the folder are removed.
+        facts: What JSON can hold; checked again on load.
         rank: Process the state belongs to, None if all share it.
         name: Of the files; callbacks that may act on one trainer have names of their own.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stem = name if rank is None else f"{name}-rank{rank}"
-    if not rank and "world_size" in facts:
-        _remove_others(folder, name, 0 if rank is None else facts["world_size"])
     # Copies, because safetensors refuses tensors that are views of each other.
     content = save({name: value.contiguous().clone() for name, value in tensors.items()})
     _write(folder / f"{stem}.safetensors", content)
     # The JSON comes last and names the digest: it never vouches for tensors that are not there.
     document = {"format": _FORMAT, "sha256": hashlib.sha256(content).hexdigest(), **facts}
     _write(folder / f"{stem}.json", json.dumps(document, indent=1).encode())
-
-
-def _remove_others(folder: Path, name: str, processes: int) -> None:
-    """Remove states that another number of processes left in a checkpoint of the same step."""
-    for file in folder.iterdir():
-        found = re.fullmatch(rf"{name}(?:-rank(\d+))?\.(json|safetensors)", file.name)
-        if found and (found[1] is None) == (processes > 0):
-            file.unlink()
-        elif found and found[1] is not None and int(found[1]) >= processes:
-            file.unlink()
 
 
 def load_selection(

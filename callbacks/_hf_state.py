@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +34,25 @@ def save_run(
         moved = mixed.pop("tensors")
         tensors = tensors | {f"domains.{name}": value for name, value in moved.items()}
         facts["domains"] = mixed
+    if not rank:
+        _remove_others(Path(folder), None if rank is None else facts["world_size"])
     save_selection(folder, tensors, facts, rank=rank)
+
+
+def _remove_others(folder: Path, processes: int | None) -> None:
+    """Remove states that another number of processes left in a folder that is written again.
+
+    Args:
+        folder: The checkpoint; may not be there yet.
+        processes: How many have a state of their own now, None if all share one.
+    """
+    for file in folder.glob("selection*"):
+        found = re.fullmatch(r"selection(?:-rank(\d+))?\.(?:json|safetensors)", file.name)
+        if found is None:
+            continue
+        stays = processes is None if found[1] is None else int(found[1]) < (processes or 0)
+        if not stays:
+            file.unlink()
 
 
 def resume_run(

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from onlinesel import Selector
 from onlinesel.callbacks._checkpoint import save_selection
+from onlinesel.callbacks._hf_state import save_run
 from onlinesel.strategies import SelectiveBackprop, TopLoss, Uniform
 from tests.callbacks.hosts import attach, make_trainer
 from tests.callbacks.resuming import assert_same, cases
@@ -126,8 +128,8 @@ def test_states_of_another_number_of_processes_are_removed(
     tensors = {"generator": torch.zeros(1)}
     for rank in (None, 0, 1, 2):
         save_selection(tmp_path, tensors, {}, rank=rank)
-    save_selection(tmp_path, tensors, {}, rank=None, name="other")
-    rank = None if processes is None else 0
-    save_selection(tmp_path, tensors, {"world_size": processes or 1}, rank=rank)
-    stems = {path.stem for path in tmp_path.iterdir()} - {"other"}
+    save_selection(tmp_path, tensors, {}, rank=None, name="selection-of-mine")
+    rank, facts = None if processes is None else 0, {"world_size": processes or 1}
+    save_run(str(tmp_path), Selector(Uniform()), None, facts, rank)
+    stems = {path.stem for path in tmp_path.iterdir()} - {"selection-of-mine"}
     assert stems == ({"selection"} if rank is None else {"selection-rank0", "selection-rank1"})
