@@ -14,6 +14,7 @@ from onlinesel import rl, strategies
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,}|~{3,})(?P<info>.*)$")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 OTHER_PYTHON = {"py", "python3", "py3", "pycon", "ipython"}  # would slip past the tests
 
 
@@ -90,6 +91,18 @@ def test_the_readme_has_blocks_and_lists_every_method() -> None:
         "PromptSampler", "Rollouts", "TokenSignals", "TokenTerms", "TokenWeights",
     }  # fmt: skip
     assert sorted(methods_in_table(text, "GRPO")) == sorted(set(rl.__all__) - contract)
+
+
+def test_what_the_readme_names_is_there() -> None:
+    """Test files in the table of hosts, and files that it links to."""
+    text = README.read_text("utf-8")
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert len(named) > 8
+    assert {name for name in named if not (ROOT / f"tests/callbacks/{name}.py").exists()} == set()
+    links = set(re.findall(r"\]\((?!https?:|#)([^)#]+)", text))
+    assert {link for link in links if not (ROOT / link).exists()} == set()
+    anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in HEADING.findall(text)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors
 
 
 def test_blocks_are_found_wherever_they_stand() -> None:

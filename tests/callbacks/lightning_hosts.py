@@ -22,7 +22,6 @@ CLASSES = 4
 
 # Lightning 2.6 uses what torch 2.13 has deprecated, and advises about workers and logging.
 QUIET_LIGHTNING = [
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
 ]
 
