@@ -222,11 +222,13 @@ class OnlineSelection(Callback):
         loop = trainer.fit_loop.epoch_loop
         if self._loaded is not None:
             self._resume(trainer, self._loaded)
-        elif loop.restarting and loop.batch_progress.current.ready and not self._over():
-            data.refuse(
-                "checkpoint", "one of a run with OnlineSelection, or of an epoch's end",
-                trainer.ckpt_path, "Which rows it had trained in this epoch is not known.",
-            )  # fmt: skip
+        elif loop.restarting and loop.batch_progress.current.ready:
+            if not self._over():
+                data.refuse(
+                    "checkpoint", "one of a run with OnlineSelection, or of an epoch's end",
+                    trainer.ckpt_path, "Which rows it had trained in this epoch is not known.",
+                )  # fmt: skip
+            begin_epoch(trainer.fit_loop)
         self._source.meter.start(self.step or None, writes=rank() == 0)
 
     # Data -----------------------------------------------------------------------------------
@@ -321,7 +323,8 @@ class OnlineSelection(Callback):
         micro = self._micro
         if micro is None:
             return
-        if self._strict and outputs and not micro.used:
+        trained = outputs or not pl_module.automatic_optimization
+        if self._strict and trained and not micro.used:
             data.refuse(
                 "training_step", "one that returns onlinesel.weighted_mean(losses)",
                 "a loss of its own", "Compute one loss per row (reduction='none'), or per token "

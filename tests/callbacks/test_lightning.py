@@ -198,6 +198,16 @@ def test_a_loss_of_its_own_is_refused_where_it_is_not(strategy: Any, options: An
         make_trainer(selection(strategy), **options).fit(Classifier(weighs=False), loader())
 
 
+def test_manual_optimization_without_the_weights_is_refused_too() -> None:
+    class Own(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(self.losses(batch).mean())
+            self.optimizers().step()
+
+    with pytest.raises(ValueError, match="training_step must be one that returns onlinesel"):
+        make_trainer(selection(LossReweight(min_rows=2))).fit(Own(), loader())
+
+
 def test_a_mean_over_tokens_is_no_mean_over_rows() -> None:
     class Plain(Language):
         def training_step(self, batch: Any, batch_idx: int) -> Any:

@@ -277,8 +277,9 @@ def test_a_checkpoint_without_selection_is_refused_in_mid_epoch(tmp_path: Path) 
             )
     with pytest.raises(ValueError, match="checkpoint must be one of a run with OnlineSelection"):
         run(TopLoss(), shuffled, path=middle)
-    after, _ = run(TopLoss(), shuffled, path=end)
-    assert len(after) == 7
+    for counted in ({}, {"max_epochs": -1, "max_steps": 25 + 7}):
+        after, _ = run(TopLoss(), shuffled, path=end, **counted)
+        assert len(after) == 7
 
 
 def test_a_checkpoint_holds_plain_values(tmp_path: Path) -> None:
