@@ -20,7 +20,7 @@ from tests.callbacks.hosts import LEARNING_RATE, collate, make_model, make_rows
 
 CLASSES = 4
 
-# Lightning 2.6 uses what torch 2.13 has deprecated, and advises about workers and logging.
+# Lightning advises about workers and logging intervals.
 QUIET_LIGHTNING = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
 ]
