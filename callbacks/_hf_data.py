@@ -112,12 +112,15 @@ class TrainingData:
     ) -> None:
         self._trainer, self._columns, self._factor = trainer, dict(columns), factor
         self._plan, self._given = plan, sampler
+        self._fresh = None if sampler is None else sampler.state_dict()
         self._behind: dict[str, Any] | None = None
         self.begin(None)
 
     def begin(self, facts: dict[str, Any] | None) -> None:
         """Start a run, behind what the facts of a checkpoint say was read."""
         self._behind, self._sampler = facts, self._given
+        if self._given is not None and facts is None:
+            self._given.load_state_dict(self._fresh)  # another run of the same trainer begins anew
         self._order: _Order | None = None
         self._epoch: int | None = None
         self._steps = 0
@@ -129,6 +132,7 @@ class TrainingData:
             build: The trainer's ``get_train_dataloader``.
         """
         trainer, dataset = self._trainer, self._trainer.train_dataset
+        self._sampler = self._given
         build_sampler = trainer._get_train_sampler
         with _attach.overridden(trainer, {"_signature_columns": trainer._signature_columns}):
             trainer._set_signature_columns_if_needed()

@@ -40,7 +40,7 @@ def cases() -> dict[str, tuple[Any, dict[str, Any]]]:
         "combined": (When(Chain(InfoBatch(), UDS()), start=2, otherwise=Uniform()), two),
         "rank": (SelectiveBackprop(), {**two, "scope": "rank"}),
         "batch": (UDS(), {**two, "scope": "batch"}),
-        "odm": (TopLoss(), {**two, "groups": "domain", "mixture": ODM()}),
+        "odm": (TopLoss(), {**two, "groups": "domain", "mixture": ODM(), "scope": "rank"}),
         "doremi": (
             PerGroup(TopLoss()),
             {**two, "groups": "domain", "mixture": DoReMi(), "reference": "reference_loss"},

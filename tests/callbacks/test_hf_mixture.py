@@ -194,3 +194,34 @@ def test_signals_of_a_scorer_of_ones_own_meet_groups(tmp_path: Path) -> None:
     )  # fmt: skip
     trainer.train()
     assert len(kept(choices(tmp_path / "record")[0])) == 2
+
+
+def test_a_second_run_draws_what_the_first_one_drew(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, rows=rows(), max_steps=8)
+    callback = attach(trainer, TopLoss(), candidates=4, groups="domain", mixture=ODM())
+    seen: list[list[int]] = []
+    decided = callback._meter.decided
+
+    def note(plan: Any) -> None:
+        seen.append(plan.decisions[0][0].row_ids().tolist())
+        decided(plan)
+
+    callback._meter.decided = note  # type: ignore[method-assign]
+    before = trainer.model.state_dict()
+    start = {name: value.clone() for name, value in before.items()}
+    for _ in range(2):
+        trainer.model.load_state_dict(start)
+        trainer.train()
+    assert len(seen) == 16 and seen[:8] == seen[8:]
+    assert len({tuple(sorted(ids)) for ids in seen[:8]}) == 8
+
+
+def test_a_loader_asked_for_between_runs_disturbs_nothing(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, rows=rows(), max_steps=2)
+    callback = attach(
+        trainer, TopLoss(), candidates=4, groups="domain", mixture=FixedMixture((1, 1))
+    )
+    first = [batch["onlinesel_row_id"].tolist() for batch in trainer.get_train_dataloader()]
+    trainer.train()
+    again = [batch["onlinesel_row_id"].tolist() for batch in trainer.get_train_dataloader()]
+    assert first == again and callback._data._sampler is callback._domains
