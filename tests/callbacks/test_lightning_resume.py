@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from onlinesel.callbacks.lightning import OnlineSelection
+from onlinesel.mixing import ODM, DomainSampler
 from onlinesel.strategies import UDS, InfoBatch, SelectiveBackprop, TopLoss, Uniform
 from tests.callbacks.hosts import make_rows
 from tests.callbacks.lightning_hosts import (
@@ -288,3 +289,24 @@ def test_a_checkpoint_holds_plain_values(tmp_path: Path) -> None:
     found = torch.load(path, weights_only=True)["callbacks"]["onlinesel.OnlineSelection"]
     assert found["over"] is False
     assert found["selection"]["step"] == 3 and found["selection"]["data"]["position"] == 12
+
+
+def test_a_mixture_that_learns_draws_the_same_rows(tmp_path: Path) -> None:
+    path, domains = tmp_path / "last.ckpt", torch.tensor([0] * 30 + [1] * 14 + [2] * 6)
+
+    def fit(*callbacks: Any, start: Any = None) -> Any:
+        module, order = Classifier(), DomainSampler(domains, ODM(), seed=0)
+        trainer = make_trainer(*callbacks, selection(Uniform(), order=order), max_epochs=2)
+        with planned() as plans:
+            try:
+                trainer.fit(module, loader(classified(ROWS)), ckpt_path=start)
+            except KeyError:
+                pass
+        return chosen(plans), state_of(module)
+
+    (whole, trained), (before, _) = fit(), fit(SaveAt(path, 30))
+    after, resumed = fit(start=path)
+    assert len(before) == 30 and before + after == whole
+    assert equal(trained, resumed)
+    drawn = [i for step in whole[:25] for i in step]
+    assert [sum(int(domains[i]) == d for i in drawn) for d in range(3)] != [30, 14, 6]
