@@ -108,7 +108,14 @@ class StepSource:
         self._rebuild: Callable[[Any], Any] = dict
         self._seen: list[tuple[Tensor, Tensor]] = []
         self.open = False  # a step is planned and not finished
-        self.observing = bool(self.strategy.observes) or hasattr(order, "observe")
+        told = getattr(getattr(order, "mixture", None), "needs", ())
+        if "reference_loss" in told:
+            self.refuse(
+                "order", "of a mixture that needs no losses of a reference per row", order.mixture,
+                "Give DoReMi one reference loss for each domain.",
+            )  # fmt: skip
+        self._moves_order = bool(told)
+        self.observing = bool(self.strategy.observes) or self._moves_order
         name = {"name": type(self.strategy).__name__}
         self.meter = StepMeter(record, self.facts() | name)
 
@@ -291,7 +298,7 @@ class StepSource:
             seen = Signals(ids=ids, loss=losses)
             everywhere, _ = gather_signals(seen, self.device)
             self.selector.observe(everywhere if self.scope == "global" else seen)
-            if hasattr(self.order, "observe"):
+            if self._moves_order:
                 real = everywhere.take(everywhere.row_ids() != FILLER_ID)
                 self.order.observe(real.row_ids(), real.require(self, "loss"))
         if self._default is not None:

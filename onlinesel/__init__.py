@@ -8,6 +8,7 @@ from typing import Any
 from onlinesel.classification import ClassificationScorer
 from onlinesel.combine import Chain, When
 from onlinesel.ledger import Ledger
+from onlinesel.quotas import PerGroup
 from onlinesel.selector import Selector
 from onlinesel.types import Scorer, Selection, Signals, State, Strategy
 from onlinesel.weights import token_losses, weighted_mean
@@ -18,6 +19,7 @@ __all__ = [
     "Chain",
     "ClassificationScorer",
     "Ledger",
+    "PerGroup",
     "Scorer",
     "Selection",
     "Selector",

@@ -218,11 +218,13 @@ class When(Strategy):
         selection, after = self._parts[i].select(
             signals, _part(state, str(i)), keep=keep, step=step, generator=generator
         )
-        return selection, {**state, **_prefixed(after, str(i))}
+        # Only the other side's: a ledger has other keys after its runs were merged.
+        rest = {name: value for name, value in state.items() if not name.startswith(f"{i}.")}
+        return selection, {**rest, **_prefixed(after, str(i))}
 
     def observe(self, signals: Signals, state: State) -> State:
         """Let both sides observe, so that a table is warm when its window opens."""
-        new = dict(state)
+        new: State = {}
         for i, part in enumerate(self._parts):
             new.update(_prefixed(part.observe(signals, _part(state, str(i))), str(i)))
         return new

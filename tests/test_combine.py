@@ -158,6 +158,19 @@ def test_selecting_moves_one_side_and_observing_both() -> None:
     assert (state["state.0.observed"], state["state.1.observed"]) == (3, 3)
 
 
+def test_a_window_keeps_nothing_that_its_strategy_has_dropped() -> None:
+    """A ledger's runs are merged as they fill up; the keys of those that are gone go too."""
+    window = When(InfoBatch(), start=0, otherwise=Uniform())
+    selector, alone = Selector(window), Selector(InfoBatch())
+    for step in range(40):
+        ids = torch.arange(4) + 4 * step
+        for each in (selector, alone):
+            each.select(Signals(ids=ids))
+            each.observe(Signals(ids=ids, loss=torch.ones(4)))
+    keys = {name.removeprefix("0.") for name in selector._state if name.startswith("0.")}
+    assert keys == set(alone._state)
+
+
 def test_the_first_plan_is_used() -> None:
     plan = RS2(0.5).epoch_plan(10, epoch=2, seed=1)
     for combined in (

@@ -14,10 +14,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 import onlinesel
-from onlinesel import ClassificationScorer, Selection, Signals, Strategy
+from onlinesel import ClassificationScorer, PerGroup, Selection, Signals, Strategy
 from onlinesel.callbacks.loop import _factor_of
-from onlinesel.mixing import ODM, DomainSampler
-from onlinesel.quotas import PerGroup
+from onlinesel.mixing import ODM, DomainSampler, DoReMi, FixedMixture
 from onlinesel.strategies import (
     RS2,
     GradNorm,
@@ -371,6 +370,18 @@ def test_arguments_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         onlinesel.steps(make_loader(), make_model(), strategy, **options)
+
+
+def test_a_mixture_that_compares_with_a_reference_needs_its_losses() -> None:
+    domains = torch.arange(48) % 3
+    model, loader = make_model(), make_loader()
+    with pytest.raises(ValueError, match="order must be of a mixture that needs no losses of a r"):
+        onlinesel.steps(loader, model, Uniform(), order=DomainSampler(domains, DoReMi(), seed=0))
+    given = DomainSampler(domains, DoReMi(reference=(4.0, 4.0, 4.0)), seed=0)
+    onlinesel.steps(loader, model, Uniform(), order=given)
+    fixed = DomainSampler(domains, FixedMixture((1.0, 0.0, 0.0)), seed=0)
+    for step in onlinesel.steps(loader, model, Uniform(), order=fixed):  # learns from no loss
+        assert all(int(i) % 3 == 0 for micro in step for i in micro.ids)
 
 
 def test_designed_errors() -> None:
