@@ -92,8 +92,8 @@ class OnlineSelection(TrainerCallback):
             is written down for ``onlinesel report``. One that holds another run is refused.
 
     Raises:
-        ValueError: The arguments, the trainer or its settings cannot give exact selection; the
-            message says what to change.
+        ValueError: The arguments, the trainer or its settings cannot give exact selection, or
+            differ between processes; the message says what to change.
         TypeError: ``strategy`` is not a strategy.
 
     Example:
