@@ -84,9 +84,9 @@ class CausalLMScorer:
 
     Rows without a labelled token get ``loss`` nan, so that no method selects them.
 
-    A head that ranks hold in parts is read where it lies: under FSDP2 each rank reduces its own rows
-    for ``nuclear_norm`` and ``embedding``, and what else needs the weight gathers it for the moment
-    of a batch, under ZeRO-3 as well. All ranks must therefore score equally many batches.
+    A head that ranks hold in parts is read where it lies: under FSDP2 each rank reduces its own
+    rows for ``nuclear_norm`` and ``embedding``, and what else needs the weight gathers it for the
+    moment of a batch, under ZeRO-3 as well. All ranks must therefore score equally many batches.
 
     Args:
         needs: Signals to compute, a subset of :attr:`provides`.
