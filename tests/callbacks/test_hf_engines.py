@@ -24,7 +24,8 @@ from tests.launching import torchrun
 
 pytest.importorskip("deepspeed")
 
-ALONE = [name for name in engines.scenarios() if name != "one-rank-nan"]
+EXACT = [name for name in engines.scenarios() if name != "nothing-kept"]
+ALONE = [name for name in EXACT if name != "one-rank-nan"]
 
 Rows = dict[int, float]
 """Weight of each row that trains, by id."""
@@ -87,7 +88,7 @@ def test_two_processes_choose_what_one_does(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", engines.ENGINES)
-@pytest.mark.parametrize("name", engines.scenarios())
+@pytest.mark.parametrize("name", EXACT)
 def test_two_processes_apply_the_gradient_of_one(
     folder: Path, alone: dict[str, Rows], engine: str, name: str
 ) -> None:
@@ -113,6 +114,16 @@ def test_rows_of_a_failed_rank_are_replaced(folder: Path, engine: str) -> None:
     both = plans(folder, f"{engine}-one-rank-nan")
     assert [plan["weights"] for plan in both] == [[[1.0, 1.0]], [[1.0, 1.0]]]
     assert len(trained(both)) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_a_step_without_rows_moves_nothing_and_hangs_nobody(folder: Path, engine: str) -> None:
+    before = torch.load(folder / f"{engine}-nothing-kept-before.pt")
+    for rank, plan in enumerate(plans(folder, f"{engine}-nothing-kept")):
+        after = torch.load(folder / f"{engine}-nothing-kept-after-{rank}.pt")
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        assert plan["loss"] == 0.0 and plan["weights"] == [[0.0]]
 
 
 @pytest.mark.slow
