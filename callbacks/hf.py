@@ -64,7 +64,8 @@ class OnlineSelection(TrainerCallback):
     each is read once an epoch. The trainer's own count of epochs is then bookkeeping only, and from
     ``num_train_epochs`` it works out another number of steps: set ``max_steps``. What ranks that
     decide alone remember is united by id. Streams and ``group_by_length`` have no order to go on
-    in, and are refused unless ``ignore_data_skip`` is set.
+    in, and are refused unless ``ignore_data_skip`` is set. The engine must load its own part:
+    DeepSpeed refuses optimizer states of another number of processes.
 
     Args:
         trainer: A ``Trainer`` or TRL ``SFTTrainer`` of a causal language model. It is changed at

@@ -49,7 +49,7 @@ def main() -> None:
     dataset = [{"input_ids": row, "labels": row} for row in rows]
     trainer = hf.Trainer(model, args, train_dataset=dataset)
     trainer.add_callback(OnlineSelection(trainer, UDS(), candidates=options.candidates))
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.is_world_process_zero():
         engine = type(trainer.model_wrapped).__name__
         loss = [log["loss"] for log in trainer.state.log_history if "loss" in log][-1]
