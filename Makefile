@@ -26,8 +26,9 @@ demo-grpo: $(INSTALLED)
 	$(BIN)/python -m onlinesel.recipes.demo_grpo --seeds $(SEEDS) --output runs/demo-grpo
 	@echo "== Done. Open runs/demo-grpo/mixed/report.html and runs/demo-grpo/digits/report.html"
 
+# Two processes, a file to one of them: files share what is costly to launch.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

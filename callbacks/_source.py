@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -174,7 +174,6 @@ class StepSource:
         self._core = unwrap(model) if core is None else core
         self._call = call or (lambda function, model: function(model))
         self._check_scorer()
-        check_settings(self.owner, self.facts(), self.device)
         config = getattr(self._core, "config", None)
         pad_id = getattr(config, "pad_token_id", None) or 0
         self.reader = CandidateLoader(
@@ -182,13 +181,14 @@ class StepSource:
             ids=self.ids, groups=self.groups, plan=self.strategy.epoch_plan, order=self.order,
             pad_id=pad_id, device=self.device,
         )  # fmt: skip
+        check_settings(self.owner, self.facts() | self.reader.facts(), self.device)
         if self.scope != "global" and world_size() > 1 and self.selector.step == 0:
             # Ranks that decide alone must not draw the same numbers for different rows.
             self.selector = Selector(self.strategy, seed=self.seed + 1_000_003 * rank())
         self._planner = StepPlanner(
             self.selector, self._signals, candidates=self.candidates, scope=self.scope,
             normalize=self.normalize, pad_id=pad_id, device=self.device,
-            count=lambda batch: count_labels(batch) if is_causal(batch) else None,
+            count=lambda batch: count_labels(batch) if is_causal(batch) else None, mute=False,
         )  # fmt: skip
         return self.reader
 
@@ -224,14 +224,21 @@ class StepSource:
         assert score is not None
         with evaluating(self._model):
             found = self._call(lambda model: score(model, rebuilt), self._model)
-        return found if isinstance(found, Signals) else Signals(loss=found)
+        if isinstance(found, Signals):
+            return found
+        if found.dim() != 1:
+            self.refuse(
+                "score", "a function that gives one loss a row", f"shape {tuple(found.shape)}",
+                "Reduce each row first: .mean(dim=1).",
+            )  # fmt: skip
+        return Signals(loss=found)
 
     # One step -------------------------------------------------------------------------------
 
     def plan(self, window: Sequence[Candidates], step: int) -> StepPlan:
         """Decide about the candidates of one step, on the model's device."""
         for part in window:
-            self._check_columns(part.columns, part.ids.shape[0])
+            self._check_columns(part.columns)
         self._rebuild, self._before = window[0].rebuild, self.selector.state_dict()
         batches = [self._moved(part.columns) for part in window]
         groups = None if window[0].groups is None else [_present(part.groups) for part in window]
@@ -240,18 +247,8 @@ class StepSource:
         self._seen, self.open = [], True
         return plan
 
-    def _check_columns(self, columns: dict[str, Any], rows: int) -> None:
-        """Refuse what could not follow its rows, and a batch that the default scorer cannot read.
-
-        Any other value that is no tensor belongs to the whole batch.
-        """
-        lists = Counter(k.rpartition(".")[0] for k, v in columns.items() if isinstance(v, str))
-        for name, size in lists.items():
-            if size == rows and name:
-                self.refuse(
-                    "batch", "one whose rows are in tensors", f"{rows} strings at {name!r}",
-                    "Leave them out of the batch, or let it carry their row numbers.",
-                )  # fmt: skip
+    def _check_columns(self, columns: dict[str, Any]) -> None:
+        """Refuse a batch that the default scorer cannot read."""
         if self._default is not None and not is_causal(columns):
             self.refuse(
                 "score", "given for a batch without 'input_ids' and 'labels' of one shape",
@@ -274,15 +271,18 @@ class StepSource:
         last, micro_batches = len(plan.batches) - 1, []
         for m, batch in enumerate(plan.batches):
             micro = MicroBatch(self._rebuild(batch), plan.ids[m], plan.weights[m], m == last)
-            micro.weighing = plan.weighing(m, factor, partial(self._note, micro))
+            # Not by the micro-batch itself, which a cycle would keep alive with all its rows.
+            seen = partial(self._note, weakref.ref(micro), plan.ids[m], plan.weights[m])
+            micro.weighing = plan.weighing(m, factor, seen)
             micro_batches.append(micro)
         return micro_batches
 
-    def _note(self, micro: MicroBatch, losses: Tensor) -> None:
-        micro.used = True
+    def _note(self, micro: Any, ids: Tensor, weights: Tensor, losses: Tensor) -> None:
+        owner = micro()
+        if owner is not None:
+            owner.used = True
         if self.observing:
-            silent = micro.weights == 0
-            self._seen.append((micro.ids, losses.float().cpu().masked_fill(silent, torch.nan)))
+            self._seen.append((ids, losses.float().cpu().masked_fill(weights == 0, torch.nan)))
 
     def finish(self, step: int) -> None:
         """Learn from the rows that just trained, once per planned step."""
@@ -336,6 +336,7 @@ class StepSource:
                     "Resume with the arguments that wrote it.",
                 )  # fmt: skip
         self.reader.load_state_dict(state["data"])
+        self.open, self._seen = False, []
         alone = self.scope != "global"
         self.selector.load_states(
             state["selectors"], rank() if alone else 0, world_size() if alone else 1

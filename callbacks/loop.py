@@ -173,6 +173,7 @@ class Steps:
 
     def __iter__(self) -> Iterator[Step]:
         """Go through the next epoch, or through the rest of one after :meth:`load_state_dict`."""
+        self._finish()  # of a loop that was left
         if not self._recording:
             self._recording = True
             self._source.meter.start(self._resumed, writes=rank() == 0)
@@ -192,8 +193,9 @@ class Steps:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs: plain values and CPU tensors.
 
-        Take it after the optimizer's step, inside the loop or outside. The step at hand counts as
-        trained. The same on every rank for ``scope="global"``; otherwise every rank must call it.
+        Take it after the optimizer's step, inside the loop or outside, on **every** rank: the step
+        at hand counts as trained, and what its losses teach is gathered. It is the same on all of
+        them, so any one may write it.
         """
         self._finish()
         return self._source.state_dict(self.step)
@@ -211,7 +213,7 @@ class Steps:
         return self._source.meter.drain()
 
     def evaluated(self, loss: float) -> None:
-        """Note a held-out loss in the record; what passed since the step is not training time."""
+        """Note a held-out loss in the record, on every rank; evaluation is not training time."""
         self._finish()
         self._source.meter.evaluated(self.step, {"eval_loss": loss})
 

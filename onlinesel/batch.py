@@ -19,6 +19,7 @@ __all__ = [
     "deal",
     "gather_rows",
     "is_causal",
+    "label_width",
     "left_padded",
     "mute_rows",
     "rows_in",
@@ -197,6 +198,13 @@ def is_causal(batch: Batch) -> bool:
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 2:
         return False
     return tokens is None or tokens.shape == labels.shape
+
+
+def label_width(batch: Batch) -> int:
+    """Return for how many tokens of each row a causal batch may take a loss."""
+    return (
+        batch["shift_labels"].shape[1] if "shift_labels" in batch else batch["labels"].shape[1] - 1
+    )
 
 
 def count_labels(batch: Batch) -> Tensor:

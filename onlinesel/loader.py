@@ -13,15 +13,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from onlinesel._reading import (
+    Cells,
+    Numbered,
+    Paired,
+    check_rows,
+    generators_of,
+    standing_in,
+    tell_epoch,
+)
 from onlinesel.agreement import smallest_over_ranks, stack_over_ranks
 from onlinesel.batch import gather_rows, rows_in
 from onlinesel.columns import as_columns
@@ -47,56 +54,6 @@ class Candidates:
     rebuild: Callable[[Any], Any]
     ids: Tensor
     groups: Tensor | None
-
-
-class _Numbered(Dataset[Any]):
-    """Rows of a map-style dataset with their numbers; ``~row`` asks for a filler."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, index: int) -> tuple[int, Any]:
-        if index < 0:
-            return FILLER_ID, self.dataset[~index]
-        return index, self.dataset[index]
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[int, Any]]:
-        fetch = getattr(self.dataset, "__getitems__", None)
-        if fetch is None or min(indices) < 0:
-            return [self[i] for i in indices]
-        return list(zip(indices, fetch(indices), strict=True))
-
-
-@dataclass(frozen=True)
-class _Cells:
-    """A batch sampler that begins where the reader stands, each time it is iterated."""
-
-    begin: Callable[[], Iterator[list[int]]]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.begin()
-
-
-@dataclass(frozen=True)
-class _Paired:
-    """A collator that keeps the numbers of the rows beside the batch."""
-
-    collate: Callable[[list[Any]], Any]
-
-    def __call__(self, pairs: Sequence[tuple[int, Any]]) -> tuple[Tensor, Any]:
-        ids = torch.tensor([number for number, _ in pairs], dtype=torch.int64)
-        return ids, self.collate([row for _, row in pairs])
-
-
-@contextmanager
-def _standing_in(loader: Any, **attributes: Any) -> Iterator[None]:
-    """Give a loader other parts while it builds an iterator; torch forbids setting them."""
-    before = {name: vars(loader)[name] for name in attributes}
-    vars(loader).update(attributes)
-    try:
-        yield
-    finally:
-        vars(loader).update(before)
 
 
 class CandidateLoader:
@@ -156,13 +113,21 @@ class CandidateLoader:
             )
         self.order = order if order is not None else taken_over
         self._domains: Tensor | None = getattr(self.order, "domains", None)
+        if self._domains is not None and self._base is not None:
+            rows = len(self._base.dataset)  # type: ignore[arg-type]
+            if self._domains.shape[0] != rows:
+                raise ValueError(
+                    "CandidateLoader: order must have a domain for each row of the dataset "
+                    f"({rows}), got {self._domains.shape[0]}. Number the domains of this dataset."
+                )
         # What the user said about batches; read now, because a stand-in takes its place later.
         self._batching: Any = None if self._base is None else self._base.batch_sampler
         self.epoch = self.position = 0
-        self._resumed = self._begun = False
+        self._resumed = self._begun = self._over = False
         self._rng: Tensor | None = None
         self._costs: deque[int] = deque()  # of the windows that were read and have not trained
-        self._cells = _Cells(self._rows_of_this_rank)
+        self._cells = Cells(self._rows_of_this_rank)
+        self._workers: Any = None
 
     # Size -----------------------------------------------------------------------------------
 
@@ -210,6 +175,14 @@ class CandidateLoader:
     def _drops_last(self) -> bool:
         return self._batching.drop_last
 
+    def facts(self) -> dict[str, Any]:
+        """Return what ranks must have in common to read equally many windows."""
+        facts: dict[str, Any] = {"accumulate": self._accumulate(), "groups": self._groups}
+        if self.order is not None:
+            facts |= {"rows": len(self.order), "batch size": self._batching.batch_size}
+            facts |= {"drop_last": self._drops_last, "order": type(self.order).__name__}
+        return facts
+
     # Reading --------------------------------------------------------------------------------
 
     def windows(self) -> Iterator[list[Candidates]]:
@@ -222,8 +195,10 @@ class CandidateLoader:
         if self._begun and not self._resumed:
             self.epoch, self.position = self.epoch + 1, 0
         self._begun, resumed, self._resumed = True, self._resumed, False
+        self._over = False
         self._costs.clear()
         yield from self._own_windows() if self.order is not None else self._foreign(resumed)
+        self._over = True
 
     def advance(self) -> None:
         """Note that the oldest window that was read has trained; a checkpoint counts those."""
@@ -255,29 +230,34 @@ class CandidateLoader:
         )  # fmt: skip
 
     def _foreign(self, resumed: bool) -> Iterator[list[Candidates]]:
-        _tell_epoch(self.loader, self.epoch)
+        tell_epoch(self.loader, self.epoch)
+        generators = generators_of(self.loader)
         if not resumed:
-            self._rng = stack_over_ranks(torch.get_rng_state(), self._device)
+            states = [torch.get_rng_state(), *(g.get_state() for g in generators)]
+            self._rng = stack_over_ranks(torch.stack(states), self._device)
             batches = self._batches()
         else:
-            # The loader shuffles as it did, and what it draws disturbs nothing else.
+            # The loader shuffles as it did, and what it draws of the program's disturbs nothing.
             with torch.random.fork_rng(devices=[]):
                 if self._rng is not None:
-                    torch.set_rng_state(self._rng[rank()])
+                    own, *others = (state.clone() for state in self._rng[rank()])
+                    torch.set_rng_state(own)
+                    for generator, state in zip(generators, others, strict=True):
+                        generator.set_state(state)
                 batches = self._batches()
-                skipped = sum(1 for _ in islice(batches, self.position))
-            if skipped < self.position:
-                return
+                for _ in islice(batches, self.position):
+                    pass
         while True:
             accumulate = self._accumulate()
             raw = list(islice(batches, accumulate * self.candidates))
-            parts = [raw[i : i + self.candidates] for i in range(0, len(raw), self.candidates)]
-            count = smallest_over_ranks(len(parts), self._device)
-            if count == 0:
+            # Ranks count alike: whatever their loaders give, they stand at the same batch.
+            raw = raw[: smallest_over_ranks(len(raw), self._device)]
+            if not raw:
                 return
-            self._costs.append(sum(len(part) for part in parts[:count]))
-            yield [self._candidates(part) for part in parts[:count]]
-            if count < accumulate:
+            self._costs.append(len(raw))
+            parts = [raw[i : i + self.candidates] for i in range(0, len(raw), self.candidates)]
+            yield [self._candidates(part) for part in parts]
+            if len(parts) < accumulate:
                 return
 
     def _batches(self) -> Iterator[tuple[Tensor | None, Any]]:
@@ -289,27 +269,37 @@ class CandidateLoader:
         """Iterate a loader whose base gives row numbers beside its batches."""
         base = self._base
         assert base is not None
-        parts |= {"dataset": _Numbered(base.dataset), "collate_fn": _Paired(base.collate_fn)}
+        parts |= {"dataset": Numbered(base.dataset), "collate_fn": Paired(base.collate_fn)}
         # Wrappers build the inner iterator at the first call of next, so that is done in here.
-        with _standing_in(base, **parts):
+        # Workers that persist belong to an iterator, and are not to be those of the user's own.
+        with standing_in(base, _iterator=self._workers, **parts):
             iterator = iter(loader)
             first = list(islice(iterator, 1))
+            self._workers = vars(base)["_iterator"]
         return (pair for part in (first, iterator) for pair in part)
 
     def _candidates(self, pairs: Sequence[tuple[Tensor | None, Any]]) -> Candidates:
         """Join batches into one of candidates, and find out who the rows are."""
         taken = [as_columns(batch) for _, batch in pairs]
+        for part in taken:
+            check_rows(part.values)
         columns, rebuild = taken[0].values, taken[0].rebuild
         if len(pairs) > 1:
             places = [(m, r) for m, part in enumerate(taken) for r in range(rows_in(part.values))]
             columns = gather_rows([part.values for part in taken], places, pad_id=self._pad_id)
         columns = dict(columns)
-        numbers = [ids for ids, _ in pairs if ids is not None]
-        ids = self._identify(columns, torch.cat(numbers) if numbers else None)
+        numbered = [ids.cpu() for ids, _ in pairs if ids is not None]
+        numbers = torch.cat(numbered) if numbered else None
+        ids = self._identify(columns, numbers)
         names = [name for name in (self._groups, GROUP) if name in columns]
         groups = columns.pop(names[0]) if names else None
-        if groups is None and self._domains is not None:
-            groups = self._domains[ids.clamp(min=0)]
+        if self._domains is not None:
+            if ids is not numbers:
+                raise ValueError(
+                    "CandidateLoader: ids must be row numbers where an order draws by domain, got "
+                    f"others (ids={self._ids!r}). Use ids='auto' and no column sample_id."
+                )
+            groups = self._domains[ids.clamp(min=0)] if groups is None else groups
         if self._groups is not None and groups is None:
             _refuse_column("groups", self._groups, columns)
         return Candidates(columns, rebuild, ids, groups)
@@ -341,9 +331,11 @@ class CandidateLoader:
 
         The same on every rank. Windows that were read but have not trained do not count.
         """
-        state: dict[str, Any] = {"epoch": self.epoch, "position": self.position, "seed": self.seed}
+        over = self._over and not self._costs  # then the next epoch is what comes
+        epoch, position = (self.epoch + 1, 0) if over else (self.epoch, self.position)
+        state: dict[str, Any] = {"epoch": epoch, "position": position, "seed": self.seed}
         if self.order is None:
-            state |= {"ranks": world_size(), "rng": self._rng}
+            state |= {"ranks": world_size(), "rng": None if over else self._rng}
         elif hasattr(self.order, "state_dict"):
             state["order"] = self.order.state_dict()
         return state
@@ -373,16 +365,9 @@ class CandidateLoader:
             self.order.load_state_dict(state["order"])
         self.epoch, self.position = state["epoch"], state["position"]
         self._rng = state.get("rng")
-        self._begun = self._resumed = True
-
-
-def _tell_epoch(loader: Any, epoch: int) -> None:
-    """Call ``set_epoch`` on the loader or, where it has none, on its samplers."""
-    base = getattr(loader, "base_dataloader", loader)
-    for owner in (loader, getattr(base, "batch_sampler", None), getattr(base, "sampler", None)):
-        tell = getattr(owner, "set_epoch", None)
-        if tell is not None:
-            tell(epoch)
+        self._begun = self._resumed = self.position > 0 or self._rng is not None
+        self._over = False
+        self._costs.clear()
 
 
 def _refuse_column(argument: str, name: str, columns: dict[str, Any]) -> None:

@@ -17,7 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onlinesel.batch import count_labels, deal, gather_rows, mute_rows, rows_in, take_rows, trim
+from onlinesel.batch import (
+    count_labels,
+    deal,
+    gather_rows,
+    label_width,
+    mute_rows,
+    rows_in,
+    take_rows,
+    trim,
+)
 from onlinesel.distributed import (
     Gathering,
     begin_gather,
@@ -94,7 +103,8 @@ class StepPlan:
             observe: Is told the rows' mean losses.
         """
         weights, counts = self.weights[index], self.counts[index]
-        return Weighing(weights, counts, self.denominator, self.normalize, factor, observe)
+        width = None if counts is None else label_width(self.batches[index])
+        return Weighing(weights, counts, self.denominator, self.normalize, factor, observe, width)
 
 
 @dataclass(frozen=True)
@@ -136,6 +146,8 @@ class StepPlanner:
         pad_id: Token that pads ``input_ids`` where rows of different width meet.
         device: Where collectives need their tensors.
         count: Labelled tokens of each row of a batch, or None for a batch of whole items.
+        mute: Take the labels off a row that only keeps its rank in step. A host whose loss goes
+            through :meth:`StepPlan.weighing` does not need it.
     """
 
     def __init__(
@@ -149,6 +161,7 @@ class StepPlanner:
         pad_id: int = 0,
         device: torch.device | str = "cpu",
         count: Callable[[Batch], Tensor | None] = count_labels,
+        mute: bool = True,
     ) -> None:
         self.selector = selector
         self._score = score
@@ -157,7 +170,7 @@ class StepPlanner:
         self._normalize = normalize
         self._pad_id = pad_id
         self._device = device
-        self._count = count
+        self._count, self._mute = count, mute
         self._warned = False
 
     def plan(
@@ -310,7 +323,7 @@ class StepPlanner:
             # No rank may skip a forward. A row whose scores are finite cannot poison the zero.
             m, r = self._filler(signals)
             batch = trim(take_rows(share.batches[m], [r]))
-            if self._count(batch) is not None:
+            if self._mute and self._count(batch) is not None:
                 batch = mute_rows(batch, torch.tensor([True]))
             return batch, torch.zeros(1), signals[m].row_ids()[[r]]
         if rows == [(part, r) for r in range(signals[part].size)]:
@@ -325,6 +338,8 @@ class StepPlanner:
             good = torch.ones(s.size, dtype=torch.bool)
             for value in s.present().values():
                 good &= torch.isfinite(value.reshape(s.size, -1)).all(dim=1)
+            if s.tokens is not None:  # a mean over no tokens is not a number
+                good &= s.tokens > 0
             if bool(good.any()):
                 return m, int(good.nonzero()[0])
         return 0, 0

@@ -162,6 +162,7 @@ class Weighing:
         factor: What the engine divides a gradient by afterwards (ranks that are averaged, losses
             that it divides by the accumulation), so that the division cancels.
         observe: Is told the ``(N,)`` mean losses of the rows, for methods that learn from them.
+        width: Tokens of a row that may have a loss, None if nobody knows.
     """
 
     weights: Tensor
@@ -170,20 +171,11 @@ class Weighing:
     normalize: str
     factor: float = 1.0
     observe: Callable[[Tensor], None] | None = None
+    width: int | None = None
 
     def __call__(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return this micro-batch's part of the step's loss; see :func:`weighted_mean`."""
-        rows = self.weights.shape[0]
-        if losses.shape[:1] != (rows,) or losses.dim() > 2:
-            raise ValueError(
-                f"weighted_mean: losses must be one per row ({rows},) or per token ({rows}, T), "
-                f"got shape {tuple(losses.shape)}. Compute the loss with reduction='none'."
-            )
-        if losses.dim() == 2 and self.counts is None:
-            raise ValueError(
-                f"weighted_mean: losses must be one per row ({rows},) where rows have no labelled "
-                f"tokens, got shape {tuple(losses.shape)}. Reduce each row first: .mean(dim=1)."
-            )
+        self._check(losses, mask)
         # In bfloat16 the denominator alone would be off by up to 0.4 %.
         losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
         if self.observe is not None:
@@ -203,6 +195,32 @@ class Weighing:
         summed = torch.where(alive, losses * weights, 0.0).sum()
         divisor = self.denominator.to(summed).clamp(min=torch.finfo(summed.dtype).tiny)
         return summed / divisor * self.factor
+
+    def _check(self, losses: Tensor, mask: Tensor | None) -> None:
+        rows, shape = self.weights.shape[0], tuple(losses.shape)
+        if shape[:1] != (rows,) or len(shape) > 2:
+            raise ValueError(
+                f"weighted_mean: losses must be one per row ({rows},) or per token ({rows}, T), "
+                f"got shape {shape}. Compute the loss with reduction='none'."
+            )
+        if len(shape) == 2 and self.counts is None:
+            raise ValueError(
+                f"weighted_mean: losses must be one per row ({rows},) where rows have no labelled "
+                f"tokens, got shape {shape}. Reduce each row first: .mean(dim=1)."
+            )
+        if len(shape) == 2 and self.width not in (None, shape[1]):
+            raise ValueError(
+                f"weighted_mean: losses must be those of the {self.width} tokens that a causal "
+                f"language model predicts, got shape {shape}. Use onlinesel.token_losses(logits, "
+                "labels), or one mean loss a row where labels are not shifted."
+            )
+        if len(shape) == 2 and mask is not None and self.counts is not None:
+            alive = (self.weights > 0).cpu()
+            if not torch.equal(mask.sum(dim=1).cpu()[alive], self.counts.cpu()[alive]):
+                raise ValueError(
+                    f"weighted_mean: mask must mark the labelled tokens, {self.counts.tolist()} "
+                    f"of the rows, got {mask.sum(dim=1).tolist()}. Pass labels[:, 1:] != -100."
+                )
 
     def _row_means(self, losses: Tensor, mask: Tensor | None) -> Tensor:
         if losses.dim() == 1:

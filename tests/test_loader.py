@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
 from onlinesel.loader import CandidateLoader, Candidates
+from onlinesel.mixing import DomainSampler, FixedMixture
 
 ROWS = [{"x": torch.tensor([i, i]), "y": i % 3} for i in range(11)]
 
@@ -155,6 +156,94 @@ def test_a_new_iteration_begins_the_next_epoch() -> None:
     next(reader.windows())
     again = flat(epoch(reader))
     assert reader.epoch == 1 and sorted(again) == list(range(11))
+
+
+def test_a_sampler_with_a_generator_of_its_own_is_replayed() -> None:
+    def make() -> CandidateLoader:
+        generator = torch.Generator().manual_seed(3)
+        sampler = WeightedRandomSampler([1.0] * 11, 11, generator=generator)
+        return CandidateLoader(DataLoader(ROWS, batch_size=2, sampler=sampler), candidates=2)
+
+    first = make()
+    epoch(first)
+    whole = epoch(first)
+    second = make()
+    epoch(second)
+    next(second.windows())
+    second.advance()
+    third = make()
+    third.load_state_dict(second.state_dict())
+    assert epoch(third) == whole[1:] and epoch(third) == epoch(first)
+
+
+@pytest.mark.parametrize("make", ["own", "foreign"])
+def test_a_state_of_an_epochs_end_begins_the_next(make: str) -> None:
+    def reader() -> CandidateLoader:
+        own = DataLoader(ROWS, batch_size=2, shuffle=True)
+        return CandidateLoader(own if make == "own" else weighted())
+
+    first = reader()
+    epoch(first)
+    state = first.state_dict()
+    assert (state["epoch"], state["position"]) == (1, 0)
+    second = reader()
+    second.load_state_dict({**state, "ranks": 7} if make == "foreign" else state)
+    rows = flat(epoch(second))
+    assert second.epoch == 1 and len(rows) == 11
+    if make == "own":
+        assert rows == flat(epoch(first))
+
+
+def test_the_users_own_iteration_is_left_alone() -> None:
+    loader = DataLoader(ROWS, batch_size=4, num_workers=1, persistent_workers=True)
+    before = [batch["y"].tolist() for batch in loader]
+    reader = CandidateLoader(loader)
+    assert flat(epoch(reader)) == flat(epoch(reader)) == list(range(11))
+    assert [batch["y"].tolist() for batch in loader] == before
+
+
+class Named(list[Any]):
+    source = "a dataset's own attribute"
+
+
+def reads_the_dataset(_: int) -> None:
+    worker = torch.utils.data.get_worker_info()
+    assert worker is not None and worker.dataset.source == Named.source  # type: ignore[attr-defined]
+
+
+def test_workers_reach_the_dataset() -> None:
+    loader: DataLoader[Any] = DataLoader(
+        Named(ROWS), batch_size=4, num_workers=1, worker_init_fn=reads_the_dataset
+    )
+    assert flat(epoch(CandidateLoader(loader))) == list(range(11))
+
+
+@pytest.mark.parametrize("kind", ["numbers", "strings", "array"])
+@pytest.mark.parametrize("joined", [False, True])
+def test_rows_that_are_no_tensors_are_refused(kind: str, joined: bool) -> None:
+    import numpy as np
+
+    values: Any = {"numbers": [1, 2], "strings": ["a", "b"], "array": np.ones(2)}[kind]
+    batches = [{"x": torch.ones(2, 2), "extra": values, "scale": 2.0}] * 2
+    with pytest.raises(ValueError, match="batch must hold its rows in tensors, got 2 other values"):
+        next(CandidateLoader(batches, candidates=1 + joined).windows())
+
+
+def test_domains_belong_to_row_numbers() -> None:
+    domains = torch.arange(11) % 2
+    order = DomainSampler(domains, FixedMixture("uniform"), seed=0)
+    loader = DataLoader(ROWS, batch_size=4)
+    for window in CandidateLoader(loader, order=order).windows():
+        for part in window:
+            assert part.groups is not None and torch.equal(part.groups, domains[part.ids])
+    with pytest.raises(ValueError, match="ids must be row numbers where an order draws by domain"):
+        next(CandidateLoader(loader, order=order, ids="hash").windows())
+    named = DataLoader([{**row, "sample_id": 5} for row in ROWS], batch_size=4)
+    with pytest.raises(ValueError, match=r"ids must be row numbers .* no column sample_id"):
+        next(CandidateLoader(named, order=order).windows())
+    short = DomainSampler(domains[:5], FixedMixture("uniform"), seed=0)
+    with pytest.raises(ValueError, match=r"a domain for each row of the dataset \(11\), got 5"):
+        CandidateLoader(loader, order=short)
 
 
 def test_designed_errors() -> None:

@@ -262,6 +262,19 @@ def test_losses_of_another_shape_are_refused() -> None:
         weighted_mean(torch.ones(2, 2))
 
 
+def test_losses_of_other_tokens_than_are_counted_are_refused() -> None:
+    """Of 5 labels a causal model predicts 4; a classifier of tokens has a loss for each."""
+    counts = torch.tensor([4, 2])
+    weighing = Weighing(torch.ones(2), counts, torch.tensor(6.0), "tokens", width=4)
+    losses = torch.arange(8.0).view(2, 4)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    assert weighing(losses, mask).item() == pytest.approx((0 + 1 + 2 + 3 + 4 + 5) / 6)
+    with pytest.raises(ValueError, match=r"losses must be those of the 4 tokens .* shape \(2, 5\)"):
+        weighing(torch.ones(2, 5))
+    with pytest.raises(ValueError, match=r"mask must mark the labelled tokens, \[4, 2\] of the ro"):
+        weighing(losses, torch.ones(2, 4).bool())
+
+
 def test_token_losses_are_those_of_cross_entropy() -> None:
     logits = torch.randn(2, 4, 5, generator=seeded())
     labels = torch.tensor([[1, 2, -100, 3], [4, -100, 0, 1]])

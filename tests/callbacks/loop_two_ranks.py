@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
 import onlinesel
 from onlinesel.callbacks import loop
@@ -210,12 +211,48 @@ def uneven(folder: Path) -> None:
     save(folder, "uneven", train(steps, model, sgd(model)))
 
 
+def foreign(folder: Path) -> None:
+    """Loaders that are left as they are, longer on rank 0; and one that accelerate prepared."""
+    from accelerate import Accelerator
+
+    def own() -> Any:
+        rows = make_rows()[: 14 if dist.get_rank() == 0 else 10]
+        generator = torch.Generator().manual_seed(dist.get_rank())
+        sampler = WeightedRandomSampler([1.0] * len(rows), len(rows), generator=generator)
+        return make_loader(rows=rows, shuffle=False, sampler=sampler)
+
+    def prepared() -> Any:
+        accelerator = Accelerator(cpu=True)
+        return accelerator.prepare(make_loader(rows=make_rows()[:20]))
+
+    for name, make in (("sampler", own), ("accelerate", prepared)):
+
+        def run(state: Any = None, stop: int | None = None) -> tuple[list[Any], Any]:
+            model = wrap("ddp", make_model())
+            steps = onlinesel.steps(make(), model, Uniform(), candidates=2)  # noqa: B023
+            if state is not None:
+                steps.load_state_dict(state)
+            done = [step["ids"] for step in train(steps, model, sgd(model), stop)]
+            return done, steps.state_dict()
+
+        torch.manual_seed(7)
+        whole, end = run()
+        assert (end["data"]["epoch"], end["data"]["position"]) == (1, 0)
+        torch.manual_seed(7)
+        _, state = run(stop=1)
+        torch.manual_seed(8)
+        assert state["data"]["position"] == 2  # batches, the same on both ranks
+        save(folder, f"foreign-{name}", [whole, run(state)[0]])
+
+
 def disagree(folder: Path, **changes: Any) -> None:
     model = wrap("ddp", make_model())
+    name = next(iter(changes))
+    loader = make_loader(rows=make_rows()[: changes.pop("rows", None)])
     try:
-        onlinesel.steps(make_loader(), model, **{"strategy": TopLoss(), **changes})
+        onlinesel.steps(loader, model, **{"strategy": TopLoss(), **changes})
     except ValueError as error:
-        save(folder, f"disagree-{next(iter(changes))}", str(error))
+        save(folder, f"disagree-{name}", str(error))
 
 
 def resume(folder: Path) -> None:
@@ -276,8 +313,11 @@ if __name__ == "__main__":
             run(out, engine, scenario, values)
     ragged(out)
     uneven(out)
+    foreign(out)
     disagree(out, seed=dist.get_rank())
     disagree(out, strategy=TopLoss(lowest=dist.get_rank() == 1))
+    disagree(out, accumulate=1 + dist.get_rank())
+    disagree(out, rows=16 - 2 * dist.get_rank())
     resume(out)
     cost(out)
     for number in (1, 2, 3):
@@ -285,4 +325,5 @@ if __name__ == "__main__":
     for engine in CHECKPOINTED:
         resume_from(out, engine)
     assert loop._factor_of(torch.nn.parallel.DistributedDataParallel(make_model())) == 2.0
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # DeepSpeed's teardown aborts now and then, when all is done

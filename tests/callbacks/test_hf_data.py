@@ -76,7 +76,9 @@ def test_sft_keeps_ids_through_its_collator(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "stream", [Stream(), IterableDataset.from_generator(lambda: iter(make_rows()))], ids=str
+    "stream",
+    [Stream(), IterableDataset.from_generator(lambda: iter(make_rows()))],
+    ids=["torch", "datasets"],
 )
 def test_streams_get_content_ids(tmp_path: Path, stream: Any) -> None:
     trainer = make_trainer(tmp_path, rows=stream, max_steps=3)

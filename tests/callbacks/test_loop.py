@@ -17,6 +17,7 @@ import onlinesel
 from onlinesel import ClassificationScorer, PerGroup, Selection, Signals, Strategy
 from onlinesel.callbacks.loop import _factor_of
 from onlinesel.mixing import ODM, DomainSampler, DoReMi, FixedMixture
+from onlinesel.order import shuffled_rows
 from onlinesel.strategies import (
     RS2,
     GradNorm,
@@ -38,6 +39,7 @@ from tests.callbacks.loop_hosts import (
     token_losses,
     train,
 )
+from tests.callbacks.two_ranks import KeepIds
 from tests.strategies.contract_table import CASES
 
 
@@ -270,6 +272,53 @@ def test_a_record_becomes_a_report(tmp_path: Path) -> None:
     assert "TopLoss" in page.read_text()
 
 
+def test_a_loop_that_was_left_has_trained_its_last_step() -> None:
+    model = make_model()
+    steps = onlinesel.steps(make_loader(), model, Uniform())
+    for expected in (0, 2):
+        for step in steps:
+            assert step.index in (expected, expected + 1)
+            if step.index == expected + 1:
+                break
+    assert steps.state_dict()["step"] == 4
+    # Loading forgets a step that is open.
+    state = steps.state_dict()
+    next(iter(steps))
+    steps.load_state_dict(state)
+    assert steps.state_dict()["data"] == state["data"] and steps.step == 4
+
+
+def test_steps_that_are_over_are_freed() -> None:
+    import gc
+    import weakref
+
+    model = make_model()
+    gc.disable()
+    try:
+        held = []
+        for step in onlinesel.steps(make_loader(), model, InfoBatch(), accumulate=2):
+            for micro in step:
+                held.append(weakref.ref(micro))
+                micro.loss(token_losses(model, micro.batch))
+        assert [ref() for ref in held[:-2]] == [None] * (len(held) - 2)
+    finally:
+        gc.enable()
+
+
+def test_a_row_that_keeps_step_cannot_poison_a_mean_of_ones_own() -> None:
+    """One row trains; the other micro-batches hold a row of weight 0, whose mean is a number."""
+    model = make_model()
+    kept_one = KeepIds((int(shuffled_rows(48, epoch=0, seed=0)[0]),))
+    step = next(iter(onlinesel.steps(make_loader(), model, kept_one, accumulate=3)))
+    assert [micro.weights.tolist() for micro in step] == [[1.0], [0.0], [0.0]]
+    for micro in step:
+        mask = micro.batch["labels"][:, 1:] != -100
+        losses = token_losses(model, micro.batch)
+        micro.loss((losses * mask).sum(1) / mask.sum(1)).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients and all(bool(torch.isfinite(g).all()) for g in gradients)
+
+
 def test_accelerate_prepares_the_model_and_may_prepare_the_loader() -> None:
     from accelerate import Accelerator
 
@@ -388,6 +437,9 @@ def test_designed_errors() -> None:
     linear = torch.nn.Linear(4, 2)
     with pytest.raises(ValueError, match="score must be given for a model that is no causal lang"):
         onlinesel.steps(make_loader(), linear, GradNorm())
+    square = onlinesel.steps(make_loader(), linear, TopLoss(), score=lambda *_: torch.ones(2, 1))
+    with pytest.raises(ValueError, match=r"score must be a function .*, got shape \(2, 1\)"):
+        next(iter(square))
     model = make_model()
     loader = make_loader(shuffle=False, sampler=torch.utils.data.WeightedRandomSampler([1.0], 4))
     with pytest.raises(ValueError, match="loader must be a torch DataLoader .* got WeightedRandom"):

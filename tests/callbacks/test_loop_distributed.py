@@ -142,9 +142,21 @@ def test_a_stream_that_is_longer_on_one_rank_ends_with_the_other(folder: Path) -
     assert len(first) == len(second) == 2
 
 
-@pytest.mark.parametrize("what", ["seed", "strategy"])
+@pytest.mark.parametrize("name", ["sampler", "accelerate"])
+def test_a_loader_left_as_it_is_resumes_on_two_ranks(folder: Path, name: str) -> None:
+    """5 batches in pairs make three steps; the longer rank stops where the other does."""
+    for whole, rest in read(folder, f"foreign-{name}"):
+        assert len(whole) == 3 and rest == whole[1:]
+
+
+@pytest.mark.parametrize("what", ["seed", "strategy", "accumulate", "rows"])
 def test_ranks_with_different_settings_are_told_at_once(folder: Path, what: str) -> None:
-    values = {"seed": "0', '1", "strategy": "TopLoss.lowest=False.', 'TopLoss.lowest=True."}
+    values = {
+        "seed": "0', '1",
+        "strategy": "TopLoss.lowest=False.', 'TopLoss.lowest=True.",
+        "accumulate": "1', '2",
+        "rows": "16', '14",
+    }
     for message in read(folder, f"disagree-{what}"):
         assert message.startswith(f"steps: {what} must be the same on every rank, got [")
         assert re.search(values[what], message)
