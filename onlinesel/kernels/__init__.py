@@ -5,13 +5,19 @@ from __future__ import annotations
 from onlinesel.kernels.head import LMHead
 from onlinesel.kernels.nuclear_norm import HeadGram, logit_nuclear_norm
 from onlinesel.kernels.projector import JLProjector
-from onlinesel.kernels.token_scores import TokenScores, shift_labels, token_scores
+from onlinesel.kernels.token_scores import (
+    TokenScores,
+    VocabShard,
+    shift_labels,
+    token_scores,
+)
 
 __all__ = [
     "HeadGram",
     "JLProjector",
     "LMHead",
     "TokenScores",
+    "VocabShard",
     "logit_nuclear_norm",
     "shift_labels",
     "token_scores",

@@ -16,13 +16,17 @@ from onlinesel.kernels import LMHead, TokenScores, shift_labels, token_scores
 NUMBERS = ("nll", "entropy", "el2n", "sum_sq", "margin")
 
 
-def naive(hidden: Tensor, head: LMHead, labels: Tensor) -> dict[str, Tensor]:
+def naive(
+    hidden: Tensor, head: LMHead, labels: Tensor, temperature: Tensor | None = None
+) -> dict[str, Tensor]:
     """The definitions, in float64, on whole logits. All labels must count."""
     z = head.scale * (hidden.double() @ head.weight.double().T)
     if head.bias is not None:
         z = z + head.scale * head.bias.double()
     if head.softcap is not None:
         z = head.softcap * torch.tanh(z / head.softcap)
+    if temperature is not None:
+        z = z / temperature.double().unsqueeze(-1)
     log_p = torch.log_softmax(z, -1)
     p = log_p.exp()
     at = labels.unsqueeze(-1)
