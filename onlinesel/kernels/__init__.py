@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from onlinesel.kernels.head import LMHead
 from onlinesel.kernels.nuclear_norm import HeadGram, logit_nuclear_norm
+from onlinesel.kernels.policy import policy_logprobs
 from onlinesel.kernels.projector import JLProjector
 from onlinesel.kernels.token_scores import (
     TokenScores,
@@ -19,6 +20,7 @@ __all__ = [
     "TokenScores",
     "VocabShard",
     "logit_nuclear_norm",
+    "policy_logprobs",
     "shift_labels",
     "token_scores",
 ]

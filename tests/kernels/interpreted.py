@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from onlinesel.kernels import LMHead, TokenScores, token_scores
+from onlinesel.kernels import LMHead, TokenScores, policy_logprobs, token_scores
 from onlinesel.kernels import _fused as fused
 from onlinesel.kernels import _tile as tile
-from onlinesel.kernels._state import LogitState, state_scores
+from onlinesel.kernels._state import LogitState, merge_states, state_scores
 from tests.kernels.test_token_scores import NUMBERS, naive, sample
 
 SMALL = fused.Blocks(16, 32, 16, 4, 2, tiles=2, together=2)  # many tiles, splits and groups
@@ -172,6 +172,17 @@ def test_the_number_of_splits_does_not_matter(tiles: int) -> None:
         hidden, head, labels))  # fmt: skip
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_policy_logprobs_over_each_backend(backend: str) -> None:
+    hidden, head, labels = sample(9, 16, 90, std=4.0)
+    hidden.requires_grad_()
+    ours = policy_logprobs(hidden, head, labels, 0.7, backend=backend)
+    oracle = policy_logprobs(hidden, head, labels, 0.7)
+    gradients = [torch.autograd.grad((side[0] + side[1]).sum(), hidden) for side in (ours, oracle)]
+    for one, two in zip((*ours, *gradients[0]), (*oracle, *gradients[1]), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=2e-5)
+
+
 def test_strided_inputs_and_mixed_types() -> None:
     hidden, head, labels = sample(9, 32, 60, std=3.0, dtype=torch.bfloat16)
     wide = torch.zeros(9, 80, dtype=torch.bfloat16)
@@ -185,8 +196,6 @@ def test_strided_inputs_and_mixed_types() -> None:
 
 
 def test_parts_of_the_vocabulary_merge_to_the_whole() -> None:
-    from onlinesel.kernels._state import merge_states
-
     hidden, head, labels = sample(11, 16, 200, std=5.0)
     for make in (tile.tile_state, fused.fused_state):
         parts: list[LogitState] = []
