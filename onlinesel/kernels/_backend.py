@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from onlinesel.kernels._product import full_precision
 from onlinesel.kernels._state import LogitState
 from onlinesel.kernels._stream import stream_state
 from onlinesel.kernels.head import LMHead
@@ -168,12 +169,13 @@ def _logit_state_op(
 ) -> Tensor:
     head = LMHead(weight, bias, scale, softcap)
     given = (states, head, targets, inverse, squares, spread)
-    if backend == "tile":
-        tile = importlib.import_module("onlinesel.kernels._tile")
-        state = tile.tile_state(*given, vocab_chunk, token_chunk)
-    else:
-        fused = importlib.import_module("onlinesel.kernels._fused")
-        state = fused.fused_state(*given)
+    with full_precision(states.device):
+        if backend == "tile":
+            tile = importlib.import_module("onlinesel.kernels._tile")
+            state = tile.tile_state(*given, vocab_chunk, token_chunk)
+        else:
+            fused = importlib.import_module("onlinesel.kernels._fused")
+            state = fused.fused_state(*given)
     zeros = torch.zeros_like(state.m)
     return torch.stack([zeros if field is None else field for field in state])
 

@@ -1,11 +1,14 @@
-"""Products of 16-bit matrices that keep float32 results."""
+"""Products that keep float32 results, and the precision that the kernels run under."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-__all__ = ["keeps_float32", "wide_mm"]
+__all__ = ["exact_products", "full_precision", "keeps_float32", "wide_mm"]
 
 
 def keeps_float32(one: Tensor, two: Tensor) -> bool:
@@ -39,3 +42,33 @@ def wide_mm(one: Tensor, two: Tensor, out: Tensor | None = None) -> Tensor:
             return torch.mm(one, two, out_dtype=torch.float32)
         return torch.mm(one, two, out_dtype=torch.float32, out=out)
     return torch.mm(one.float(), two.float(), out=out)
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Run without autograd, without autocast, and without TF32.
+
+    Autocast would turn the float32 products of a scorer into bfloat16 ones, silently; TF32, which
+    a program may allow for its training, rounds their factors to 10 bits.
+    """
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        if device.type == "cuda" and not torch.compiler.is_compiling():
+            with exact_products():
+                yield
+        else:
+            yield
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Multiply float32 matrices in float32 on CUDA, whatever the program allows."""
+    matmul = torch.backends.cuda.matmul
+    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else (
+        "allow_tf32", False
+    )  # fmt: skip
+    before = getattr(matmul, name)
+    setattr(matmul, name, exact)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)

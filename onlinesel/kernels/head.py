@@ -6,9 +6,8 @@ that the ``(batch, time, vocab)`` logits are never built.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -285,16 +284,6 @@ def check_rows(owner: str, hidden: Tensor, rows: Tensor | None) -> Tensor:
             "Pass a (batch, time) mask such as attention_mask, or None for every row."
         )
     return rows.to(device=hidden.device, dtype=torch.bool)
-
-
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Run without autograd and without autocast.
-
-    Autocast would turn the float32 products of a scorer into bfloat16 ones, silently.
-    """
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
 
 
 def _unwrap(model: Any) -> Any:

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from onlinesel.kernels._backend import choose_backend, logit_state
-from onlinesel.kernels._product import keeps_float32, wide_mm
+from onlinesel.kernels._product import full_precision, keeps_float32, wide_mm
 from onlinesel.kernels._state import FAR, certainty, log_normaliser, state_scores
 from onlinesel.kernels._stream import tile_shape
 from onlinesel.kernels._tokens import put_back, take_tokens
-from onlinesel.kernels.head import LMHead, full_precision
+from onlinesel.kernels.head import LMHead
 
 __all__ = ["policy_logprobs"]
 

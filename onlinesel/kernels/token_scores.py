@@ -29,9 +29,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from onlinesel.kernels._backend import choose_backend, logit_state
+from onlinesel.kernels._product import full_precision
 from onlinesel.kernels._state import LogitState, merge_parts, state_scores
 from onlinesel.kernels._tokens import Tokens, put_back, take_tokens
-from onlinesel.kernels.head import LMHead, full_precision
+from onlinesel.kernels.head import LMHead
 
 __all__ = ["TokenScores", "VocabShard", "shift_labels", "token_scores"]
 
