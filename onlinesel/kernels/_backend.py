@@ -167,8 +167,10 @@ def _logit_state_op(
     vocab_chunk: int | None,
     token_chunk: int | None,
 ) -> Tensor:
+    # The kernels read these by place.
+    bias, inverse = (None if x is None else x.contiguous() for x in (bias, inverse))
     head = LMHead(weight, bias, scale, softcap)
-    given = (states, head, targets, inverse, squares, spread)
+    given = (states, head, targets.contiguous(), inverse, squares, spread)
     with full_precision(states.device):
         if backend == "tile":
             tile = importlib.import_module("onlinesel.kernels._tile")

@@ -46,11 +46,25 @@ class Blocks(NamedTuple):
     together: int = 16
 
 
-def default_blocks(dtype: torch.dtype) -> Blocks:
-    """Return sizes that compile without harmful spills; they are not tuned, see the tests."""
+def default_blocks(dtype: torch.dtype, shared: int) -> Blocks:
+    """Return sizes that compile without harmful spills and fit; they are not tuned, see the tests.
+
+    Args:
+        dtype: Of hidden states and weight.
+        shared: Bytes of shared memory that a program may use.
+    """
     if dtype == torch.float32:  # multiplied without tensor cores, which would round to TF32
         return Blocks(32, 64, 32, 4, 3, tiles=128, together=64)
+    if shared < 160 * 1024:  # most cards for desktops
+        return Blocks(128, 128, 32, 8, 3, tiles=64)
     return Blocks(128, 256, 64, 8, 3)
+
+
+def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2**20  # the interpreter has no limit
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
 
 
 @triton.jit
@@ -197,7 +211,7 @@ def fused_state(
         states, weight = states.float(), weight.float()
     states = states if states.stride(1) == 1 else states.contiguous()
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    b = blocks or default_blocks(states.dtype)
+    b = blocks or default_blocks(states.dtype, _shared_memory(states.device))
     splits = triton.cdiv(vocab, b.entries * b.tiles)
     out = states.new_empty((splits, 5, count), dtype=torch.float32)
     fused_kernel[(triton.cdiv(count, b.tokens) * splits,)](

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "default_blocks", lambda dtype: SMALL)
+    monkeypatch.setattr(fused, "default_blocks", lambda dtype, shared: SMALL)
 
 
 def run(hidden: Tensor, head: LMHead, labels: Tensor, backend: str, **more: object) -> TokenScores:
@@ -189,10 +189,17 @@ def test_strided_inputs_and_mixed_types() -> None:
     wide[:, 7:39] = hidden
     flipped = LMHead(head.weight.T.contiguous().T)
     mixed = LMHead(head.weight.float())
+    every_other = torch.zeros(18, dtype=torch.long)
+    every_other[::2] = labels
+    temperature = torch.ones(18)
+    temperature[::2] = torch.linspace(0.5, 2.0, 9)
     for backend in BACKENDS:
         expected = run(hidden, head, labels, backend)
         for states, other in ((wide[:, 7:39], head), (hidden, flipped), (hidden, mixed)):
             assert torch.equal(run(states, other, labels, backend).nll, expected.nll)  # type: ignore[arg-type]
+        spaced = run(hidden, head, every_other[::2], backend, temperature=temperature[::2])
+        tight = run(hidden, head, labels, backend, temperature=temperature[::2].contiguous())
+        assert torch.equal(spaced.nll, tight.nll) and (spaced.nll != expected.nll).any()  # type: ignore[arg-type, union-attr]
 
 
 def test_parts_of_the_vocabulary_merge_to_the_whole() -> None:

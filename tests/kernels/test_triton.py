@@ -15,7 +15,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MISSING = importlib.util.find_spec("triton") is None
 pytestmark = pytest.mark.skipif(MISSING, reason="needs triton")
-HOPPER = "sm_90"
 
 
 def test_the_numbers_in_the_interpreter() -> None:
@@ -30,8 +29,10 @@ def test_the_numbers_in_the_interpreter() -> None:
     assert int(re.findall(r"(\d+) passed", done.stdout)[0]) >= 50
 
 
-def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: int) -> Any:
-    """Compile for Hopper; pointers and the sizes in ``types`` are multiples of 16."""
+def compiled(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int = 90, **options: int
+) -> Any:
+    """Compile for a kind of device; pointers and the sizes in ``types`` are multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -47,7 +48,7 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], **op
     )
     # The fusion of products and sums is named because Triton warns where it is left open.
     chosen = {"enable_fp_fusion": True, **options}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=chosen)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=chosen)
 
 
 def usage(result: Any, folder: Path) -> dict[str, int]:
@@ -63,7 +64,7 @@ def usage(result: Any, folder: Path) -> dict[str, int]:
     return {name: int(re.findall(rf"{name}:(\d+)", text)[0]) for name in ("REG", "STACK")}
 
 
-def fused(blocks: Any, dtype: str, *, everything: bool, even: bool = True) -> Any:
+def fused(blocks: Any, dtype: str, *, everything: bool, even: bool = True, arch: int = 90) -> Any:
     from onlinesel.kernels import _fused
 
     types = {"hidden": dtype, "weight": dtype, "targets": "*i64", "out": "*fp32", "count": "i32"}
@@ -78,8 +79,9 @@ def fused(blocks: Any, dtype: str, *, everything: bool, even: bool = True) -> An
     else:
         constants |= {"bias": None, "inverse": None}
     return compiled(
-        _fused.fused_kernel, types, constants, num_warps=blocks.warps, num_stages=blocks.stages
-    )
+        _fused.fused_kernel, types, constants, arch, num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +99,7 @@ def test_the_fused_kernel_on_hopper(
 
     from onlinesel.kernels import _fused
 
-    blocks = _fused.default_blocks(torch.bfloat16)
+    blocks = _fused.default_blocks(torch.bfloat16, 227 * 1024)
     result = fused(blocks, dtype, everything=everything, even=even)
     found = usage(result, tmp_path)
     assert "wgmma" in result.asm["ptx"]  # the tensor cores of Hopper
@@ -110,8 +112,19 @@ def test_the_fused_kernel_in_float32(tmp_path: Path) -> None:
 
     from onlinesel.kernels import _fused
 
-    result = fused(_fused.default_blocks(torch.float32), "*fp32", everything=True)
+    result = fused(_fused.default_blocks(torch.float32, 64 * 1024), "*fp32", everything=True)
     assert "tf32" not in result.asm["ptx"]
+    assert usage(result, tmp_path)["STACK"] <= 64
+
+
+def test_the_fused_kernel_on_a_card_with_little_shared_memory(tmp_path: Path) -> None:
+    import torch
+
+    from onlinesel.kernels import _fused
+
+    blocks = _fused.default_blocks(torch.bfloat16, 99 * 1024)
+    result = fused(blocks, "*bf16", everything=True, arch=86)
+    assert result.metadata.shared <= 99 * 1024
     assert usage(result, tmp_path)["STACK"] <= 64
 
 
