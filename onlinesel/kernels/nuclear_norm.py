@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from onlinesel.kernels._product import full_precision
 from onlinesel.kernels.head import LMHead, check_hidden, check_rows
@@ -34,7 +35,8 @@ class HeadGram:
     It costs one (V, d) by (V, d) product and a Cholesky factorisation, so keep one instance for
     as long as the head does not change. **Nothing detects a change**: fused optimizers move a
     weight without moving its version counter. Call :meth:`invalidate` after each step that trains
-    the head; under a small learning rate every tenth step is enough for 1e-3.
+    the head, or :meth:`follow` its optimizer; under a small learning rate every tenth step is
+    enough for 1e-3.
 
     Args:
         head: The head. A soft cap is allowed here but leaves no use for the factor. Where its
@@ -68,6 +70,37 @@ class HeadGram:
         """
         self._root = None
         self._head = self._head if head is None else head
+
+    def follow(self, optimizer: torch.optim.Optimizer, every: int = 10) -> RemovableHandle:
+        """Invalidate the factor after every so many steps of an optimizer.
+
+        For a head whose tensors are the trained ones. One that was summed from adapters must be
+        built again: call :meth:`invalidate` with it.
+
+        Args:
+            optimizer: The one that moves the head's weight.
+            every: Steps that one factor serves.
+
+        Returns:
+            A handle; its ``remove()`` ends it.
+
+        Raises:
+            ValueError: ``every`` is below 1.
+        """
+        if every < 1:
+            raise ValueError(
+                f"HeadGram.follow: every must be at least 1, got {every}. Pass 1 to compute the "
+                "factor again after each step."
+            )
+        steps = 0
+
+        def after(*_: object) -> None:
+            nonlocal steps
+            steps += 1
+            if steps % every == 0:
+                self.invalidate()
+
+        return optimizer.register_step_post_hook(after)
 
     def root(self) -> Tensor:
         """Return ``R``, computing it on the first call.

@@ -71,6 +71,21 @@ def test_accuracy_on_bfloat16_inputs(std: float) -> None:
     assert out.top1 is not None and torch.equal(out.top1[clear], (true["margin"] >= 0)[clear])
 
 
+def test_errors_a_hundred_times_below_those_of_bfloat16_logits() -> None:
+    # What a head does that rounds its tile of logits to the dtype of the model before it sums.
+    hidden, head, labels = sample(192, 96, 5000, std=7.0, dtype=torch.bfloat16)
+    true, out = naive(hidden, head, labels), token_scores(hidden, head, labels)
+    log_p = torch.log_softmax(true["z"].bfloat16().float(), -1)
+    rounded = {
+        "nll": -log_p.gather(1, labels.unsqueeze(1)).squeeze(1),
+        "entropy": -(log_p.exp() * log_p).sum(1),
+    }
+    for name, theirs in rounded.items():
+        ours = (getattr(out, name) - true[name]).abs()
+        assert ours.max() * 100 <= (theirs - true[name]).abs().max()
+        assert ours.mean() * 100 <= (theirs - true[name]).abs().mean()
+
+
 @pytest.mark.parametrize("vocab_chunk", [1, 7, 64, 129, None])
 @pytest.mark.parametrize("token_chunk", [1, 5, None])
 def test_chunks_do_not_matter(vocab_chunk: int | None, token_chunk: int | None) -> None:

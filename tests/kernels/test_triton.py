@@ -117,15 +117,17 @@ def test_the_fused_kernel_in_float32(tmp_path: Path) -> None:
     assert usage(result, tmp_path)["STACK"] <= 64
 
 
-def test_the_fused_kernel_on_a_card_with_little_shared_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("arch", "kibibytes"), [(80, 163), (86, 99)])
+def test_the_fused_kernel_before_hopper(arch: int, kibibytes: int, tmp_path: Path) -> None:
     import torch
 
     from onlinesel.kernels import _fused
 
-    blocks = _fused.default_blocks(torch.bfloat16, 99 * 1024)
-    result = fused(blocks, "*bf16", everything=True, arch=86)
-    assert result.metadata.shared <= 99 * 1024
-    assert usage(result, tmp_path)["STACK"] <= 64
+    blocks = _fused.default_blocks(torch.bfloat16, kibibytes * 1024)
+    result = fused(blocks, "*bf16", everything=True, arch=arch)
+    assert "mma.sync" in result.asm["ptx"]
+    assert result.metadata.shared <= kibibytes * 1024
+    assert usage(result, tmp_path)["STACK"] == 0
 
 
 def test_the_count_sees_spills(tmp_path: Path) -> None:
