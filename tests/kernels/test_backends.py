@@ -211,3 +211,17 @@ def test_the_padded_form_goes_into_a_cuda_graph(backend: str) -> None:
     graph.replay()
     assert captured.nll is not None
     torch.testing.assert_close(captured.nll, score().nll)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "tile", "triton"])
+@pytest.mark.parametrize("entries", [40, 9000])  # a nan beside one tile, and in one of several
+def test_a_nan_stays_in_its_row_on_a_gpu(entries: int, backend: str) -> None:
+    hidden, head, labels = sample(6, 16, entries, dtype=torch.bfloat16)
+    hidden[2, 1] = torch.nan
+    out = token_scores(hidden.cuda(), LMHead(head.weight.cuda()), labels.cuda(), backend=backend)
+    oracle = token_scores(hidden, head, labels)
+    for name in NUMBERS:
+        torch.testing.assert_close(
+            getattr(out, name).cpu(), getattr(oracle, name), rtol=1e-4, atol=3e-5, equal_nan=True
+        )
