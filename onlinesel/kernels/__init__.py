@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from onlinesel.kernels.head import LMHead
 from onlinesel.kernels.nuclear_norm import HeadGram, logit_nuclear_norm
+from onlinesel.kernels.policy import policy_logprobs
 from onlinesel.kernels.projector import JLProjector
-from onlinesel.kernels.token_scores import TokenScores, shift_labels, token_scores
+from onlinesel.kernels.token_scores import (
+    TokenScores,
+    VocabShard,
+    shift_labels,
+    token_scores,
+)
 
 __all__ = [
     "HeadGram",
     "JLProjector",
     "LMHead",
     "TokenScores",
+    "VocabShard",
     "logit_nuclear_norm",
+    "policy_logprobs",
     "shift_labels",
     "token_scores",
 ]

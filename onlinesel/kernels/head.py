@@ -6,9 +6,8 @@ that the ``(batch, time, vocab)`` logits are never built.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +87,7 @@ class LMHead:
             )
 
     @classmethod
-    def from_model(cls, model: Any, *, sharded: bool = False) -> LMHead:
+    def from_model(cls, model: Any, *, sharded: bool = False, detach: bool = True) -> LMHead:
         """Read the head of a transformers-like causal language model.
 
         Works by the attributes of the model (``get_output_embeddings``, ``config``), so no
@@ -99,9 +98,11 @@ class LMHead:
         Args:
             model: The model, wrapped or not.
             sharded: Leave a DTensor weight as it is, where no adapter is on it.
+            detach: False keeps the way back to the model's parameters, adapters on the head
+                included, for ``policy_logprobs``.
 
         Returns:
-            The head, detached from autograd. ``scale`` and ``softcap`` come from the
+            The head, detached from autograd or not. ``scale`` and ``softcap`` come from the
             configuration (``logit_scale``, ``output_multiplier``, ``lm_head_multiplier``,
             ``logits_scaling``; ``final_logit_softcapping``, ``logits_soft_cap``,
             ``output_logit_soft_cap``), of the text part when the configuration is nested.
@@ -127,10 +128,12 @@ class LMHead:
                 "get_output_embeddings() gives none. Pass a causal language model, or build "
                 "LMHead(weight, bias) by hand."
             )
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
             weight, bias = _read_module(module, sharded)
+        if detach:
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
         config = _text_config(getattr(inner, "config", None))
-        return cls(weight.detach(), None if bias is None else bias.detach(), *_read_config(config))
+        return cls(weight, bias, *_read_config(config))
 
     @property
     def vocab_size(self) -> int:
@@ -281,16 +284,6 @@ def check_rows(owner: str, hidden: Tensor, rows: Tensor | None) -> Tensor:
             "Pass a (batch, time) mask such as attention_mask, or None for every row."
         )
     return rows.to(device=hidden.device, dtype=torch.bool)
-
-
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Run without autograd and without autocast.
-
-    Autocast would turn the float32 products of a scorer into bfloat16 ones, silently.
-    """
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
 
 
 def _unwrap(model: Any) -> Any:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from onlinesel.kernels.head import LMHead, check_hidden, check_rows, full_precision
+from onlinesel.kernels._product import full_precision
+from onlinesel.kernels.head import LMHead, check_hidden, check_rows
 
 __all__ = ["JLProjector"]
 
@@ -67,6 +69,8 @@ class JLProjector:
     index_vocab: Tensor | None = field(default=None, repr=False)
     signs_time: Tensor | None = field(default=None, repr=False)
     index_time: Tensor | None = field(default=None, repr=False)
+    # What was moved to a device or computed there once: a scorer asks for it in every step.
+    _kept: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("vocab", "time", "vocab_dim", "time_dim"):
@@ -211,15 +215,11 @@ class JLProjector:
 
     def _columns(self, start: int, stop: int, device: torch.device) -> Tensor:
         """Return rows ``start:stop`` of ``P``, (n, vocab_dim) float64."""
-        assert self.signs_vocab is not None and self.index_vocab is not None
-        return _cosines(self.signs_vocab, self.index_vocab, slice(start, stop)).to(device)
+        signs, index = self._on("signs_vocab", device), self._on("index_vocab", device)
+        return _cosines(signs, index, slice(start, stop))
 
     def _time_map(self, mask: Tensor, compact: bool, dtype: torch.dtype) -> Tensor:
         """Return ``Q`` for each sample, (B, T, time_dim), zero at the rows that do not count."""
-        assert self.signs_time is not None and self.index_time is not None
-        table = _cosines(self.signs_time, self.index_time, slice(0, mask.shape[1]))
-        if self.scale == "unit":
-            table = table * (2.0 / math.sqrt(self.vocab * self.time))
         places = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
         if compact:
             places = mask.long().cumsum(1) - 1
@@ -230,8 +230,28 @@ class JLProjector:
                     f"JLProjector.project: hidden must have at most time={self.time} rows, got "
                     f"{longest}. Give the projector (or UDS) time={longest}, or truncate."
                 )
-        picked = table.to(device=mask.device, dtype=dtype)[places.clamp(min=0)]
+        picked = self._time_table(mask.device, dtype)[places.clamp(min=0)]
         return picked * mask.unsqueeze(2)
+
+    def _time_table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return the (time, time_dim) rows of ``Q``, scaled, on a device."""
+        key = ("table", device, dtype)
+        if key not in self._kept:
+            signs, index = self._on("signs_time", device), self._on("index_time", device)
+            table = _cosines(signs, index, slice(0, self.time))
+            if self.scale == "unit":
+                table = table * (2.0 / math.sqrt(self.vocab * self.time))
+            self._kept[key] = table.to(dtype)
+        return self._kept[key]
+
+    def _on(self, name: str, device: torch.device) -> Tensor:
+        """Return signs or frequencies on a device."""
+        tensor: Tensor = getattr(self, name)
+        if device.type == "cpu":
+            return tensor
+        if (name, device) not in self._kept:
+            self._kept[name, device] = tensor.to(device)
+        return self._kept[name, device]
 
     def _check_head(self, head: LMHead) -> None:
         if head.vocab_size != self.vocab:
@@ -258,9 +278,10 @@ def _cosines(signs: Tensor, index: Tensor, part: slice) -> Tensor:
     """Return rows of ``s_v cos(2 pi v i_k / n) sqrt(n / r)`` in float64."""
     size, kept = signs.numel(), index.numel()
     # The product is reduced in integers: 2 pi v k / n of a large v k would lose its phase.
-    phase = (torch.arange(size)[part].unsqueeze(1) * index) % size
+    steps = torch.arange(size, device=signs.device)
+    phase = (steps[part].unsqueeze(1) * index) % size
     if phase.numel() < size:
         cosines = torch.cos(phase.double() * (2.0 * math.pi / size))
     else:  # there are only n angles: look them up
-        cosines = torch.cos(torch.arange(size, dtype=torch.float64) * (2.0 * math.pi / size))[phase]
+        cosines = torch.cos(steps.double() * (2.0 * math.pi / size))[phase]
     return cosines * (signs[part].double().unsqueeze(1) * math.sqrt(size / kept))

@@ -1,30 +1,42 @@
 """Per-token scores of next-token predictions in one pass over the vocabulary.
 
-The logits of a tile of tokens and vocabulary entries live only until its statistics are taken.
-For each token four numbers summarise the entries that are **not** the label: the largest logit
-``m``, ``s = sum exp(z - m)``, ``q = sum exp(2 (z - m))`` and ``u = sum exp(z - m) (m - z)``. They
-merge over vocabulary parts, and with the logit ``y`` of the label every score follows as a sum of
-non-negative terms: nothing cancels when the label becomes certain, which is where
-``logsumexp(z) - y`` in float32 loses all its digits.
+The logits of a tile of tokens and vocabulary entries live only until their summary is taken; the
+summary and how scores follow from it are in ``_state``. Three backends take it, with the same
+numbers up to rounding:
+
+``"torch"``
+    torch operations on every device, in float64 for float64 inputs: the oracle.
+``"tile"``
+    On CUDA, with triton. The vendor's product writes float32 logits into a tile of 32 MiB, one
+    kernel reads them once.
+``"triton"``
+    On CUDA, with triton. Product and summary in one kernel; beside the result it needs 20 bytes
+    per token and 8,192 vocabulary entries. Its ``vocab_chunk`` and ``token_chunk`` are fixed.
+
+``"auto"`` takes torch on a CPU, for float64, and where triton is not installed. On CUDA it takes
+what was measured to be fastest for the device, dtype and hidden size; **no GPU has run these
+kernels yet**, so that table is empty and "auto" takes the tile backend. The kernels' numbers were
+checked in Triton's interpreter. An explicit backend is obeyed or refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from onlinesel.kernels.head import LMHead, check_hidden, full_precision
+from onlinesel.kernels._backend import choose_backend, logit_state
+from onlinesel.kernels._product import full_precision
+from onlinesel.kernels._state import LogitState, merge_parts, state_scores
+from onlinesel.kernels._tokens import Tokens, put_back, take_tokens
+from onlinesel.kernels.head import LMHead
 
-__all__ = ["TokenScores", "shift_labels", "token_scores"]
+__all__ = ["TokenScores", "VocabShard", "shift_labels", "token_scores"]
 
 _OUTPUTS = ("nll", "entropy", "el2n", "sum_sq", "margin", "top1")
-
-# Logits this far below the largest one count as exp(-1e4) = 0 in either float type, while their
-# product with that zero stays 0 instead of becoming 0 * inf = nan.
-_FAR = 1.0e4
 
 
 class TokenScores(NamedTuple):
@@ -51,14 +63,18 @@ class TokenScores(NamedTuple):
     top1: Tensor | None = None
 
 
-class _Stats(NamedTuple):
-    """Summary of the logits of n tokens: label logit, and m, s, q, u of the other entries."""
+class VocabShard(NamedTuple):
+    """The part of a vocabulary that this rank's head holds, under vocabulary parallelism.
 
-    y: Tensor
-    m: Tensor
-    s: Tensor
-    q: Tensor | None
-    u: Tensor | None
+    Attributes:
+        first: Vocabulary entry of the head's first row.
+        total: Entries of the whole vocabulary.
+        group: The ranks that hold the others; each passes the same hidden states and labels.
+    """
+
+    first: int
+    total: int
+    group: Any = None
 
 
 def shift_labels(labels: Tensor, *, ignore_index: int = -100) -> Tensor:
@@ -91,14 +107,18 @@ def token_scores(
     labels: Tensor,
     *,
     outputs: Sequence[str] = _OUTPUTS,
+    temperature: Tensor | float | None = None,
     ignore_index: int = -100,
+    backend: str = "auto",
+    padded: bool = False,
+    shard: VocabShard | None = None,
     vocab_chunk: int | None = None,
     token_chunk: int | None = None,
 ) -> TokenScores:
     """Score every label under the head, without building the logits.
 
-    Ignored tokens are left out before the product. Sums are float32, or float64 when an input is.
-    A nan or inf makes the scores of its own token nan or inf and no others.
+    Sums are float32, or float64 when an input is. A nan or inf makes the scores of its own token
+    nan or inf and no others.
 
     Source of EL2N: Paul et al., Deep Learning on a Data Diet (arXiv 2107.07075).
 
@@ -107,7 +127,12 @@ def token_scores(
         head: The LM head.
         labels: ``(...)`` integer, already aligned with ``hidden`` (see :func:`shift_labels`).
         outputs: The fields to compute, any of nll, entropy, el2n, sum_sq, margin, top1.
+        temperature: Divides the logits: a number, or one per label, positive. None for 1.
         ignore_index: Label value of the tokens to leave out.
+        backend: ``"auto"``, ``"torch"``, ``"tile"`` or ``"triton"``; see the module.
+        padded: Compute ignored tokens too, so that no shape depends on a value and nothing waits
+            for the device (CUDA graphs). Wrong labels and temperatures then give nan.
+        shard: The part of the vocabulary that ``head`` holds, or None for all of it.
         vocab_chunk: Vocabulary entries in a tile, or None to choose.
         token_chunk: Tokens in a tile, or None to choose.
 
@@ -115,7 +140,8 @@ def token_scores(
         The scores in the accumulation dtype, on the device of ``hidden``, without autograd.
 
     Raises:
-        ValueError: A shape, a label, a name in ``outputs`` or a chunk is not as stated.
+        ValueError: An argument is not as stated, or the backend cannot run here.
+        ImportError: The backend needs triton, which is not installed.
 
     Example:
         >>> import torch
@@ -123,153 +149,74 @@ def token_scores(
         >>> scores = token_scores(torch.ones(2, 1), head, torch.tensor([0, -100]))
         >>> scores.nll
         tensor([0.1269, 0.0000])
-        >>> scores.margin, scores.top1
-        (tensor([2., 0.]), tensor([ True, False]))
     """
-    _check(hidden, head, labels, outputs, vocab_chunk, token_chunk)
+    _check(outputs, vocab_chunk, token_chunk)
+    vocab = check_shard("token_scores", head, shard)
     with full_precision(hidden.device):
-        mask = labels != ignore_index
-        kept = mask.reshape(-1).nonzero().squeeze(1)
-        states = hidden.reshape(-1, head.hidden_size)
-        targets = labels.reshape(-1).long()
-        if kept.numel() < targets.numel():
-            states, targets = states[kept], targets[kept]
-        _check_labels(targets, head.vocab_size)
-        stats = _stream(states, head, targets, outputs, vocab_chunk, token_chunk)
-        scores = _finish(stats, outputs)
-        return TokenScores(mask, **{k: _scatter(v, kept, mask) for k, v in scores.items()})
+        tokens = take_tokens(
+            "token_scores", hidden, head, labels, temperature, ignore_index, padded, vocab
+        )
+        state = _summarise(tokens, head, outputs, backend, shard, vocab_chunk, token_chunk)
+        scores = state_scores(state, outputs)
+        return TokenScores(tokens.mask, **{k: put_back(v, tokens) for k, v in scores.items()})
 
 
-def _stream(
-    states: Tensor,
+def _summarise(
+    tokens: Tokens,
     head: LMHead,
-    targets: Tensor,
     outputs: Sequence[str],
+    backend: str,
+    shard: VocabShard | None,
     vocab_chunk: int | None,
     token_chunk: int | None,
-) -> _Stats:
-    """Summarise the logits of (n, d) states, tile by tile."""
-    dtype = head.accumulation_dtype(states)
-    vocab, count = head.vocab_size, states.shape[0]
-    width = vocab_chunk or (vocab if vocab <= 8192 else 4096)
-    # A tile that stays in cache costs less than its product: 4 MiB on a CPU, 32 MiB on a GPU.
-    tile = 2**20 if states.device.type == "cpu" else 2**23
-    step = token_chunk or max(64, tile // width)
+) -> LogitState:
+    """Return the state of the tokens over the whole vocabulary."""
+    states, targets = tokens.states, tokens.targets
+    dtype = torch.promote_types(states.dtype, head.weight.dtype)
+    chosen = choose_backend("token_scores", backend, states.device, dtype, head.hidden_size)
     squares, spread = bool({"el2n", "sum_sq"} & set(outputs)), "entropy" in outputs
-    total = [_empty(states[i : i + step], dtype, squares, spread) for i in range(0, count, step)]
-    for start in range(0, vocab, width):
-        # The weight is cast once for all tokens: the loop over tokens is the inner one.
-        part = head.part(start, start + width, dtype)
-        for index, merged in enumerate(total):
-            rows = slice(index * step, (index + 1) * step)
-            total[index] = _merge(
-                merged, _tile_stats(part, states[rows], targets[rows] - start, squares, spread)
-            )
-    if not total:
-        return _empty(states, dtype, squares, spread)
-    return _Stats(
-        torch.cat([part.y for part in total]),
-        torch.cat([part.m for part in total]),
-        torch.cat([part.s for part in total]),
-        torch.cat([part.q for part in total if part.q is not None]) if squares else None,
-        torch.cat([part.u for part in total if part.u is not None]) if spread else None,
+    if shard is not None:
+        targets = targets - shard.first
+    state = logit_state(
+        states, head, targets, tokens.inverse, squares, spread, chosen, vocab_chunk, token_chunk
+    )
+    if shard is not None:
+        state = merge_over_ranks(state, shard.group)
+    if tokens.invalid is not None:
+        state = state._replace(y=torch.where(tokens.invalid, torch.nan, state.y))
+    return state
+
+
+def merge_over_ranks(state: LogitState, group: Any) -> LogitState:
+    """Merge the summaries of the ranks' vocabulary parts: one collective of 5 numbers a token.
+
+    The parts are merged in the order of the ranks, so every rank has the same bits.
+    """
+    zeros = torch.zeros_like(state.m)
+    mine = torch.stack([zeros if field is None else field for field in state])
+    ranks = dist.get_world_size(group)
+    every = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(every, mine, group=group)
+    y, m, s, q, u = torch.stack(every).unbind(1)
+    return merge_parts(
+        LogitState(y, m, s, None if state.q is None else q, None if state.u is None else u)
     )
 
 
-def _empty(states: Tensor, dtype: torch.dtype, squares: bool, spread: bool) -> _Stats:
-    """Summary of no vocabulary entry. The finite m keeps differences of two of them defined."""
-    zeros = states.new_zeros(states.shape[0], dtype=dtype)
-    low = torch.full_like(zeros, torch.finfo(dtype).min)
-    return _Stats(zeros, low, zeros, zeros if squares else None, zeros if spread else None)
-
-
-def _tile_stats(
-    part: LMHead, states: Tensor, targets: Tensor, squares: bool, spread: bool
-) -> _Stats:
-    """Summarise one tile; y is 0 for the tokens whose label is not in this vocabulary part."""
-    z = part.logits(states)
-    inside = (targets >= 0) & (targets < part.vocab_size)
-    column = targets.clamp(0, part.vocab_size - 1).unsqueeze(1)
-    found = z.gather(1, column).squeeze(1)
-    # The label leaves the tile; a token without its label here writes back what it read.
-    z.scatter_(1, column, torch.where(inside, -torch.inf, found).unsqueeze(1))
-    m = z.amax(1).clamp(min=torch.finfo(z.dtype).min)
-    z.sub_(m.unsqueeze(1))
-    q = u = None
-    if spread:
-        z.clamp_(min=-_FAR)
-        e = z.exp()
-    else:
-        e = z.exp_()
-    s = e.sum(1)
-    if squares:
-        q = torch.linalg.vector_norm(e, dim=1).square()
-    if spread:
-        u = -z.mul_(e).sum(1)
-    return _Stats(torch.where(inside, found, 0.0), m, s, q, u)
-
-
-def _merge(one: _Stats, two: _Stats) -> _Stats:
-    """Summary of the union of two vocabulary parts, which share no entry."""
-    m = torch.maximum(one.m, two.m)
-    gap1, gap2 = (m - one.m).clamp(max=_FAR), (m - two.m).clamp(max=_FAR)
-    r1, r2 = torch.exp(-gap1), torch.exp(-gap2)
-    q = u = None
-    if one.q is not None and two.q is not None:
-        q = r1.square() * one.q + r2.square() * two.q
-    if one.u is not None and two.u is not None:
-        u = r1 * (one.u + gap1 * one.s) + r2 * (two.u + gap2 * two.s)
-    return _Stats(one.y + two.y, m, r1 * one.s + r2 * two.s, q, u)
-
-
-def _finish(stats: _Stats, outputs: Sequence[str]) -> dict[str, Tensor]:
-    """Turn summaries into scores, by sums of non-negative terms only."""
-    y, m, s, q, u = stats
-    top = torch.maximum(m, y)
-    gap = (top - m).clamp(max=_FAR)
-    others = torch.exp(-gap)
-    norm = s * others + torch.exp(y - top)
-    ratio = others / norm
-    p = torch.exp(y - top) / norm
-    nll = torch.where(y >= m, torch.log1p(s * others), (m - y) + torch.log(norm))
-    scores = {"nll": nll, "margin": y - m, "top1": y >= m}
-    if u is not None:
-        # The clamp is reached only where p is exactly 0, and spares 0 * inf there.
-        scores["entropy"] = p * nll.clamp(max=_FAR) + ratio * ((norm.log() + gap) * s + u)
-    if q is not None:
-        # Factored so that the squares of tiny probabilities do not underflow.
-        scores["el2n"] = ratio * torch.sqrt(s.square() + q)
-        scores["sum_sq"] = q * ratio.square() + p.square()
-    return {name: scores[name] for name in outputs}
-
-
-def _scatter(values: Tensor, kept: Tensor, mask: Tensor) -> Tensor:
-    """Put the values of the kept tokens back at their places, zeros elsewhere."""
-    if kept.numel() == mask.numel():
-        return values.reshape(mask.shape)
-    out = values.new_zeros(mask.numel())
-    out[kept] = values
-    return out.reshape(mask.shape)
-
-
-def _check(
-    hidden: Tensor,
-    head: LMHead,
-    labels: Tensor,
-    outputs: Sequence[str],
-    vocab_chunk: int | None,
-    token_chunk: int | None,
-) -> None:
-    check_hidden("token_scores", head, hidden)
-    if labels.shape != hidden.shape[:-1]:
+def check_shard(owner: str, head: LMHead, shard: VocabShard | None) -> int:
+    """Return the size of the whole vocabulary."""
+    if shard is None:
+        return head.vocab_size
+    last = shard.first + head.vocab_size
+    if shard.first < 0 or last > shard.total:
         raise ValueError(
-            f"token_scores: labels must be of shape {tuple(hidden.shape[:-1])}, got "
-            f"{tuple(labels.shape)}. Align them with hidden first, see shift_labels."
+            f"{owner}: shard must hold entries inside its total, got rows {shard.first} to {last} "
+            f"of {shard.total}. Give the entry of the head's first row and the whole size."
         )
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(
-            f"token_scores: labels must be integers, got {labels.dtype}. Pass token ids."
-        )
+    return shard.total
+
+
+def _check(outputs: Sequence[str], vocab_chunk: int | None, token_chunk: int | None) -> None:
     unknown = [name for name in outputs if name not in _OUTPUTS]
     if unknown or isinstance(outputs, str):
         raise ValueError(
@@ -281,15 +228,3 @@ def _check(
             raise ValueError(
                 f"token_scores: {name} must be at least 1, got {chunk}. Pass None to choose."
             )
-
-
-def _check_labels(targets: Tensor, vocab: int) -> None:
-    """Refuse labels outside the vocabulary, which would score another token silently."""
-    if targets.numel() == 0:
-        return
-    low, high = (int(bound) for bound in torch.aminmax(targets))
-    if low < 0 or high >= vocab:
-        raise ValueError(
-            f"token_scores: labels must be in [0, {vocab}) or ignore_index, got a label "
-            f"{low if low < 0 else high}. Check the tokenizer, or mark the token ignored."
-        )

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from onlinesel.kernels import HeadGram, JLProjector, LMHead
+from onlinesel.kernels import HeadGram, JLProjector, LMHead, VocabShard, token_scores
 from onlinesel.scoring import CausalLMScorer
 from tests.callbacks.hosts import collate, make_model, make_rows
 from tests.kernels.no_logits import LargestTensor
@@ -102,6 +102,32 @@ def cut_otherwise(mesh: Any) -> None:
     same("cut otherwise")
 
 
+def scored_in_parts() -> None:
+    """Each rank holds some entries of the vocabulary; all get the scores of the whole head."""
+    g = torch.Generator().manual_seed(3)
+    weight, bias = torch.randn(65, 32, generator=g), torch.randn(65, generator=g)
+    hidden, labels = torch.randn(2, 9, 32, generator=g), torch.randint(65, (2, 9), generator=g)
+    labels[0, 3] = -100
+    temperature = torch.rand(2, 9, generator=g) + 0.5
+    rank = dist.get_rank()
+    held = slice(0, 20) if rank == 0 else slice(20, 65)
+    part = LMHead(weight[held], bias[held], 2.0, 6.0)
+    whole = LMHead(weight, bias, 2.0, 6.0)
+    expected = token_scores(hidden, whole, labels, temperature=temperature)
+    for padded in (False, True):
+        found = token_scores(
+            hidden, part, labels, temperature=temperature, padded=padded,
+            shard=VocabShard(held.start, 65),
+        )  # fmt: skip
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    sums = [torch.empty(()) for _ in range(2)]
+    assert found.nll is not None
+    dist.all_gather(sums, found.nll.sum())
+    assert torch.equal(sums[0], sums[1])  # to the bit
+    same("scored in parts")
+
+
 def same(case: str) -> None:
     dist.barrier()
     if dist.get_rank() == 0:
@@ -114,6 +140,7 @@ if __name__ == "__main__":
     for vocabulary in (1, 3, 65, 4097):
         reduced(vocabulary, two)
     cut_otherwise(two)
+    scored_in_parts()
     for ties, alone_sharded in ((False, False), (True, False), (False, True)):
         scored(ties, alone_sharded, two)
     dist.destroy_process_group()

@@ -178,6 +178,25 @@ def test_the_gram_is_kept_until_invalidated() -> None:
     assert gram.head is other and logit_nuclear_norm(hidden, other, gram=gram) == 18.0
 
 
+def test_the_gram_follows_an_optimizer() -> None:
+    weight = torch.nn.Parameter(torch.eye(3, dtype=torch.float64))
+    hidden = torch.eye(3, dtype=torch.float64)[None]
+    head = LMHead(weight.detach())
+    gram, optimizer = HeadGram(head), torch.optim.SGD([weight], lr=1.0)
+    handle = gram.follow(optimizer, every=2)
+    found = []
+    for step in range(6):
+        found.append(float(logit_nuclear_norm(hidden, head, gram=gram)))
+        weight.grad = -torch.eye(3, dtype=torch.float64)
+        if step == 4:
+            handle.remove()
+        optimizer.step()
+    assert found == pytest.approx([3.0, 3.0, 9.0, 9.0, 15.0, 15.0])  # before steps 1 to 6
+    assert float(logit_nuclear_norm(hidden, head, gram=gram)) == pytest.approx(15.0)
+    with pytest.raises(ValueError, match="HeadGram.follow: every must be at least 1, got 0. Pass"):
+        gram.follow(optimizer, every=0)
+
+
 def test_autocast_does_not_reach_the_products() -> None:
     hidden, weight = synthetic("base")
     head = LMHead(weight.float())

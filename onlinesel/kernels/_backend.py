@@ -1,0 +1,187 @@
+"""Which code summarises the logits: torch operations, the tile backend or the fused kernel.
+
+An explicit request is obeyed or refused. ``"auto"`` looks into :data:`MEASURED`, which holds what
+has been timed and nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from onlinesel.kernels._product import full_precision
+from onlinesel.kernels._state import LogitState
+from onlinesel.kernels._stream import stream_state
+from onlinesel.kernels.head import LMHead
+
+__all__ = ["BACKENDS", "MEASURED", "Measured", "choose_backend", "logit_state"]
+
+BACKENDS = ("auto", "torch", "tile", "triton")
+
+
+class Measured(NamedTuple):
+    """One measurement: the fastest backend of a kind of head on a kind of device.
+
+    Attributes:
+        capability: Compute capability of the device, such as (9, 0).
+        dtype: Dtype of hidden states and weight.
+        width: Largest hidden size it stands for; the narrowest fitting row of the table counts.
+        backend: The fastest, ``"tile"`` or ``"triton"``.
+    """
+
+    capability: tuple[int, int]
+    dtype: torch.dtype
+    width: int
+    backend: str
+
+
+# Empty because no GPU has run these kernels yet. A row enters with the command that gave it.
+MEASURED: tuple[Measured, ...] = ()
+
+
+def choose_backend(
+    owner: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    measured: Sequence[Measured] | None = None,
+) -> str:
+    """Return the backend that runs: ``"torch"``, ``"tile"`` or ``"triton"``.
+
+    Args:
+        owner: Who asks, for errors.
+        backend: What the caller asked for.
+        device: Where the hidden states are.
+        dtype: Dtype of hidden states and weight together; float64 is for ``"torch"`` alone.
+        width: Hidden size.
+        measured: Table to look into, or None for :data:`MEASURED`.
+
+    Raises:
+        ValueError: The backend is unknown, or cannot run on this device or dtype.
+        ImportError: The backend needs triton, which is not installed.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"{owner}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}. "
+            'Pass "auto" to let the device decide.'
+        )
+    if backend == "torch":
+        return "torch"
+    present = importlib.util.find_spec("triton") is not None
+    if backend == "auto":
+        if device.type != "cuda" or dtype == torch.float64 or not present:
+            return "torch"
+        return _fastest(torch.cuda.get_device_capability(device), dtype, width, measured)
+    if dtype == torch.float64:
+        raise ValueError(
+            f'{owner}: backend must be "torch" for float64 inputs, got {backend!r}. '
+            "The Triton kernels sum in float32."
+        )
+    if not present:
+        raise ImportError(
+            f'{owner}: backend {backend!r} needs triton: pip install "onlinesel[triton]".'
+        )
+    if device.type != "cuda" and not _interpreting():
+        raise ValueError(
+            f'{owner}: backend must be "torch" or "auto" on {device.type}, got {backend!r}. '
+            "Triton kernels need a CUDA device."
+        )
+    return backend
+
+
+def _fastest(
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    width: int,
+    measured: Sequence[Measured] | None,
+) -> str:
+    rows = [
+        row
+        for row in (MEASURED if measured is None else measured)
+        if (row.capability, row.dtype) == (capability, dtype) and width <= row.width
+    ]
+    return min(rows, key=lambda row: row.width).backend if rows else "tile"
+
+
+def _interpreting() -> bool:
+    """Return whether Triton runs its kernels on the CPU, which is for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
+
+
+def logit_state(
+    states: Tensor,
+    head: LMHead,
+    targets: Tensor,
+    inverse: Tensor | None,
+    squares: bool,
+    spread: bool,
+    backend: str,
+    vocab_chunk: int | None = None,
+    token_chunk: int | None = None,
+) -> LogitState:
+    """Summarise the logits of (n, d) states with the backend that was chosen.
+
+    See ``stream_state`` for the arguments. The head may be a part of the vocabulary: then merge
+    the parts' states with ``merge_states`` or ``merge_parts`` before ``state_scores``.
+    """
+    if backend == "torch":
+        return stream_state(
+            states, head, targets, inverse, squares, spread, vocab_chunk, token_chunk
+        )
+    head._check_whole()
+    y, m, s, q, u = torch.ops.onlinesel.logit_state(
+        states, head.weight, head.bias, targets, inverse, head.scale, head.softcap, squares,
+        spread, backend, vocab_chunk, token_chunk,
+    ).unbind(0)  # fmt: skip
+    return LogitState(y, m, s, q if squares else None, u if spread else None)
+
+
+# One opaque operation: torch.compile keeps it as a node, knows the shape of what it gives, and
+# never looks into the launcher. The five rows are the fields of LogitState; rows that were not
+# asked for are zero.
+@torch.library.custom_op(
+    "onlinesel::logit_state",
+    mutates_args=(),
+    schema="(Tensor states, Tensor weight, Tensor? bias, Tensor targets, Tensor? inverse, "
+    "float scale, float? softcap, bool squares, bool spread, str backend, int? vocab_chunk, "
+    "int? token_chunk) -> Tensor",
+)
+def _logit_state_op(
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    inverse: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    squares: bool,
+    spread: bool,
+    backend: str,
+    vocab_chunk: int | None,
+    token_chunk: int | None,
+) -> Tensor:
+    # The kernels read these by place.
+    bias, inverse = (None if x is None else x.contiguous() for x in (bias, inverse))
+    head = LMHead(weight, bias, scale, softcap)
+    given = (states, head, targets.contiguous(), inverse, squares, spread)
+    with full_precision(states.device):
+        if backend == "tile":
+            tile = importlib.import_module("onlinesel.kernels._tile")
+            state = tile.tile_state(*given, vocab_chunk, token_chunk)
+        else:
+            fused = importlib.import_module("onlinesel.kernels._fused")
+            state = fused.fused_state(*given)
+    zeros = torch.zeros_like(state.m)
+    return torch.stack([zeros if field is None else field for field in state])
+
+
+@_logit_state_op.register_fake
+def _(states: Tensor, *_: object) -> Tensor:
+    return states.new_empty((5, states.shape[0]), dtype=torch.float32)

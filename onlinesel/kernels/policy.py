@@ -1,0 +1,262 @@
+"""Log-probabilities and entropies of a policy, differentiable, without the logits in memory.
+
+The forward pass takes the summary of ``token_scores``. The backward pass makes each tile of logits
+again, for those tokens alone whose upstream gradient is not zero: where a loss drops, clips or
+masks most tokens, most of the three products is never done. With ``log p`` and the entropy ``H``
+of a token, upstream gradients ``g`` and ``e`` reach its logits as
+
+    dz_v = g (1[v = y] - p_v) - e p_v (log p_v + H),
+
+divided by the temperature, times the slope of the soft cap and the scale of the head.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from onlinesel.kernels._backend import choose_backend, logit_state
+from onlinesel.kernels._product import full_precision, keeps_float32, wide_mm
+from onlinesel.kernels._state import FAR, certainty, log_normaliser, state_scores
+from onlinesel.kernels._stream import tile_shape
+from onlinesel.kernels._tokens import put_back, take_tokens
+from onlinesel.kernels.head import LMHead
+
+__all__ = ["policy_logprobs"]
+
+
+def policy_logprobs(
+    hidden: Tensor,
+    head: LMHead,
+    labels: Tensor,
+    temperature: Tensor | float | None = None,
+    *,
+    ignore_index: int = -100,
+    backend: str = "auto",
+    vocab_chunk: int | None = None,
+    token_chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return log-probability of each label and entropy of each prediction, with gradients.
+
+    Gradients reach ``hidden`` and those tensors of the head that require them; the head of
+    ``LMHead.from_model`` is detached unless it was read with ``detach=False``. The temperature has
+    no gradient, and there is no second derivative. Sums are float32, or float64 when an input is;
+    only the gradient of bfloat16 logits is rounded to bfloat16 before its products on CUDA, as in
+    plain bfloat16 training.
+
+    Args:
+        hidden: ``(..., d)`` states that enter the head.
+        head: The LM head.
+        labels: ``(...)`` integer, already aligned with ``hidden`` (see ``shift_labels``).
+        temperature: Divides the logits: a number, or one per label, positive. None for 1.
+        ignore_index: Label value of tokens that give 0 and have no gradient.
+        backend: Of the forward pass, see ``token_scores``.
+        vocab_chunk: Vocabulary entries in a tile, or None to choose.
+        token_chunk: Tokens in a tile, or None to choose.
+
+    Returns:
+        ``log p_y`` and ``-sum_v p_v log p_v`` in nats, each ``(...)`` in the accumulation dtype.
+
+    Raises:
+        ValueError: An argument is not as stated, or the backend cannot run here.
+
+    Example:
+        >>> import torch
+        >>> hidden = torch.tensor([[1.0], [0.0]], requires_grad=True)
+        >>> head = LMHead(torch.tensor([[2.0], [0.0]]))
+        >>> logprobs, entropy = policy_logprobs(hidden, head, torch.tensor([0, 1]))
+        >>> logprobs.detach()
+        tensor([-0.1269, -0.6931])
+        >>> logprobs.sum().backward()
+        >>> hidden.grad
+        tensor([[ 0.2384],
+                [-1.0000]])
+    """
+    tokens = take_tokens(
+        "policy_logprobs", hidden, head, labels, temperature, ignore_index, False, head.vocab_size
+    )
+    states = tokens.states
+    dtype = torch.promote_types(states.dtype, head.weight.dtype)
+    chosen = choose_backend("policy_logprobs", backend, states.device, dtype, head.hidden_size)
+    plan = _Plan(head.scale, head.softcap, chosen, vocab_chunk, token_chunk)
+    logprobs, entropy = _Policy.apply(
+        states, head.weight, head.bias, tokens.targets, tokens.inverse, plan
+    )
+    return put_back(logprobs, tokens), put_back(entropy, tokens)
+
+
+class _Plan(NamedTuple):
+    """What is no tensor."""
+
+    scale: float
+    softcap: float | None
+    backend: str
+    vocab_chunk: int | None
+    token_chunk: int | None
+
+
+class _Rows(NamedTuple):
+    """What the backward pass knows about the tokens that it works on.
+
+    Attributes:
+        states: ``(n, d)``.
+        targets: ``(n,)``.
+        inverse: ``(n,)`` one over the temperature, or None.
+        log_norm: ``(n,)`` logsumexp of the tempered logits.
+        entropy: ``(n,)``.
+        at_label: ``(n,)`` gradient of the tempered logit of the label, from ``1 - p_y`` itself.
+        of_logprob: ``(n,)`` upstream gradient.
+        of_entropy: ``(n,)`` upstream gradient, or None where nothing uses the entropy.
+    """
+
+    states: Tensor
+    targets: Tensor
+    inverse: Tensor | None
+    log_norm: Tensor
+    entropy: Tensor
+    at_label: Tensor
+    of_logprob: Tensor
+    of_entropy: Tensor | None
+
+
+class _Policy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        inverse: Tensor | None,
+        plan: _Plan,
+    ) -> tuple[Tensor, Tensor]:
+        head = LMHead(weight, bias, plan.scale, plan.softcap)
+        with full_precision(states.device):
+            state = logit_state(
+                states, head, targets, inverse, False, True, plan.backend, plan.vocab_chunk,
+                plan.token_chunk,
+            )  # fmt: skip
+            scores = state_scores(state, ("nll", "entropy"))
+            label, others = certainty(state)
+            normaliser = log_normaliser(state)
+        ctx.save_for_backward(
+            states, weight, bias, targets, inverse, normaliser, label, others, *scores.values()
+        )
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        return -scores["nll"], scores["entropy"]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_logprob: Tensor | None, of_entropy: Tensor | None) -> Any:
+        states, weight, bias, targets, inverse, normaliser, *rest = ctx.saved_tensors
+        head = LMHead(weight, bias, ctx.plan.scale, ctx.plan.softcap)
+        with full_precision(states.device):
+            zeros = torch.zeros_like(normaliser)
+            given = zeros if of_logprob is None else of_logprob
+            used = given != 0  # true for nan
+            if of_entropy is not None:
+                used = used | (of_entropy != 0)
+            kept = used.nonzero().squeeze(1)
+            label, others, nll, entropy = (field[kept] for field in rest)
+            at_label = given[kept] * others
+            if of_entropy is not None:
+                of_entropy = of_entropy[kept]
+                at_label = at_label - of_entropy * label * (entropy - nll.clamp(max=FAR))
+            rows = _Rows(
+                states[kept], targets[kept], None if inverse is None else inverse[kept],
+                normaliser[kept], entropy, at_label, given[kept], of_entropy,
+            )  # fmt: skip
+            wanted = ctx.needs_input_grad[:3]
+            narrow, of_weight, of_bias = _gradients(rows, head, wanted, ctx.plan)
+            of_states = None
+            if narrow is not None:
+                of_states = torch.zeros_like(states).index_copy_(0, kept, narrow.to(states.dtype))
+        return of_states, of_weight, of_bias, None, None, None
+
+
+def _gradients(
+    rows: _Rows, head: LMHead, wanted: tuple[bool, ...], plan: _Plan
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of the states of these tokens, of the weight and of the bias."""
+    weight, bias, dtype = head.weight, head.bias, rows.log_norm.dtype
+    width, step = tile_shape(weight.device, head.vocab_size, plan.vocab_chunk, plan.token_chunk)
+    # Where the device multiplies 16-bit factors into float32, nothing is copied.
+    narrow = keeps_float32(rows.states, weight)
+    factors = rows.states if narrow else rows.states.to(dtype)
+    of_states = torch.zeros_like(factors, dtype=dtype) if wanted[0] else None
+    of_weight = torch.zeros_like(weight) if wanted[1] else None
+    of_bias = torch.zeros_like(bias) if bias is not None and wanted[2] else None
+    if not any(wanted) or not len(factors):
+        return of_states, of_weight, of_bias
+    for start in range(0, head.vocab_size, width):
+        part = head.part(start, start + width, weight.dtype if narrow else dtype)
+        sums = torch.zeros_like(part.weight, dtype=dtype) if wanted[1] else None
+        bias_sums = torch.zeros(part.vocab_size, dtype=dtype, device=weight.device)
+        for first in range(0, len(factors), step):
+            here = slice(first, first + step)
+            dz = _tile_gradient(_slice(rows, here), factors[here], part, start)
+            if of_bias is not None:
+                bias_sums += dz.sum(0)
+            if narrow and weight.dtype == torch.bfloat16:  # float16 would lose small gradients
+                dz = dz.to(weight.dtype)
+            if of_states is not None:
+                of_states[here] += _multiply(dz, part.weight)
+            if sums is not None:
+                sums += _multiply(dz.T, factors[here])
+        if of_weight is not None and sums is not None:
+            of_weight[start : start + width] = sums.to(weight.dtype)
+        if of_bias is not None:
+            of_bias[start : start + width] = bias_sums.to(of_bias.dtype)
+    return of_states, of_weight, of_bias
+
+
+def _tile_gradient(rows: _Rows, factors: Tensor, part: LMHead, start: int) -> Tensor:
+    """Return the gradient of the products ``H W^T`` of one tile, (n, entries)."""
+    capped = _logits(factors, part, rows.log_norm.dtype)
+    slope = None
+    if part.softcap is not None:
+        slope = (capped / part.softcap).square_().neg_().add_(1.0)
+    if rows.inverse is not None:
+        capped.mul_(rows.inverse.unsqueeze(1))
+    log_p = capped.sub_(rows.log_norm.unsqueeze(1)).clamp_(min=-FAR)
+    dz = log_p.exp()
+    if rows.of_entropy is None:
+        dz.mul_(-rows.of_logprob.unsqueeze(1))
+    else:
+        push = log_p.add_(rows.entropy.unsqueeze(1)).mul_(rows.of_entropy.unsqueeze(1))
+        dz.mul_(push.add_(rows.of_logprob.unsqueeze(1)).neg_())
+    # The label's own entry would cancel where it is certain, so it comes from 1 - p.
+    local = rows.targets - start
+    inside = (local >= 0) & (local < part.vocab_size)
+    column = local.clamp(0, part.vocab_size - 1).unsqueeze(1)
+    value = torch.where(inside, rows.at_label, dz.gather(1, column).squeeze(1))
+    dz.scatter_(1, column, value.unsqueeze(1))
+    if rows.inverse is not None:
+        dz.mul_(rows.inverse.unsqueeze(1))
+    if slope is not None:
+        dz.mul_(slope)
+    return dz.mul_(part.scale)
+
+
+def _logits(factors: Tensor, part: LMHead, dtype: torch.dtype) -> Tensor:
+    """Return the logits of a tile before the temperature, in the accumulation dtype."""
+    if not keeps_float32(factors, part.weight):
+        return part.logits(factors)
+    z = wide_mm(factors, part.weight.T)
+    if part.bias is not None:
+        z.add_(part.bias.to(dtype))
+    z.mul_(part.scale)
+    return z if part.softcap is None else z.div_(part.softcap).tanh_().mul_(part.softcap)
+
+
+def _multiply(one: Tensor, two: Tensor) -> Tensor:
+    """Multiply in the accumulation dtype, which is float64 where an input is."""
+    return one @ two if one.dtype == torch.float64 else wide_mm(one, two)
+
+
+def _slice(rows: _Rows, here: slice) -> _Rows:
+    return _Rows(*(None if field is None else field[here] for field in rows))  # type: ignore[arg-type]

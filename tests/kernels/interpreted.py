@@ -1,0 +1,236 @@
+"""Checks of the Triton kernels in Triton's interpreter. `test_triton.py` runs this file.
+
+It is not collected by itself: TRITON_INTERPRET must be set before triton is imported.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from onlinesel.kernels import LMHead, TokenScores, policy_logprobs, token_scores
+from onlinesel.kernels import _fused as fused
+from onlinesel.kernels import _tile as tile
+from onlinesel.kernels._state import LogitState, merge_states, state_scores
+from tests.kernels.test_token_scores import NUMBERS, naive, sample
+
+SMALL = fused.Blocks(16, 32, 16, 4, 2, tiles=2, together=2)  # many tiles, splits and groups
+OUTPUTS = (*NUMBERS, "top1")
+BACKENDS = ("tile", "triton")
+# numpy, which plays the device here, warns of every nan and overflow.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "default_blocks", lambda dtype, shared: SMALL)
+
+
+def run(hidden: Tensor, head: LMHead, labels: Tensor, backend: str, **more: object) -> TokenScores:
+    chunks = {"vocab_chunk": 100, "token_chunk": 7} if backend == "tile" else {}
+    return token_scores(hidden, head, labels, backend=backend, **chunks, **more)  # type: ignore[arg-type]
+
+
+def assert_accurate(out: TokenScores, true: dict[str, Tensor]) -> None:
+    """The accuracy lines, against float64 of the same inputs."""
+    top = float(true["z"].abs().max())
+    assert out.nll is not None and out.entropy is not None and out.el2n is not None
+    assert (out.nll - true["nll"]).abs().max() <= 2e-5 + 1e-6 * top
+    assert (out.entropy - true["entropy"]).abs().max() <= 3e-5 + 1e-7 * top
+    kept = true["p"] < 1 - 1e-6
+    assert ((out.el2n - true["el2n"]) / true["el2n"])[kept].abs().max() <= 1e-4
+    assert out.margin is not None and out.sum_sq is not None and out.top1 is not None
+    assert (out.margin - true["margin"]).abs().max() <= 2e-5 + 1e-6 * top
+    assert (out.sum_sq - true["sum_sq"]).abs().max() <= 1e-5
+    clear = true["margin"].abs() > 1e-4
+    assert torch.equal(out.top1[clear], (true["margin"] >= 0)[clear])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("n", "d", "v"), [(1, 33, 7), (37, 65, 203), (17, 48, 256)])
+def test_accuracy_on_odd_shapes(n: int, d: int, v: int, dtype: torch.dtype, backend: str) -> None:
+    hidden, head, labels = sample(n, d, v, std=7.0, dtype=dtype)
+    labels[::2] = naive(hidden, head, labels)["z"].argmax(-1)[::2]  # half of them confident
+    labels[0], labels[-1] = 0, v - 1
+    assert_accurate(run(hidden, head, labels, backend), naive(hidden, head, labels))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("std", [2.0, 14.0])
+def test_accuracy_on_bfloat16_with_a_wider_head(std: float, backend: str) -> None:
+    hidden, head, labels = sample(40, 96, 700, std=std, dtype=torch.bfloat16)
+    assert_accurate(run(hidden, head, labels, backend), naive(hidden, head, labels))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("scale", [1.0, -0.3])
+def test_bias_scale_softcap_and_temperature(
+    scale: float, softcap: float | None, backend: str
+) -> None:
+    hidden, head, labels = sample(9, 24, 150, std=4.0, dtype=torch.float16)
+    head = LMHead(head.weight, torch.linspace(-2, 2, 150).half(), scale, softcap)
+    temperature = torch.linspace(0.5, 2.0, 9)
+    true = naive(hidden, head, labels, temperature)
+    assert_accurate(run(hidden, head, labels, backend, temperature=temperature), true)
+    plain = naive(hidden, head, labels)
+    assert (plain["nll"] - true["nll"]).abs().max() > 0.01
+    assert_accurate(run(hidden, head, labels, backend), plain)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_oracle_bit_for_bit_where_arithmetic_is_exact(backend: str) -> None:
+    # Logits 0 and a label at 0: every sum is a small integer.
+    head = LMHead(torch.zeros(50, 8))
+    hidden, labels = torch.ones(3, 8), torch.tensor([0, 31, 49])
+    ours, oracle = run(hidden, head, labels, backend), token_scores(hidden, head, labels)
+    for name in OUTPUTS:
+        assert torch.equal(getattr(ours, name), getattr(oracle, name)), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_in_the_thousands(backend: str) -> None:
+    hidden, head, labels = sample(20, 16, 130, std=1.0)
+    head = LMHead(head.weight, scale=3000.0)
+    true, out = naive(hidden, head, labels), run(hidden, head, labels, backend)
+    assert true["z"].abs().max() > 3000
+    for name in NUMBERS:
+        ours = getattr(out, name)
+        assert torch.isfinite(ours).all()
+        torch.testing.assert_close(ours.double(), true[name], rtol=1e-5, atol=4e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_minus_infinity_is_a_removed_entry(backend: str) -> None:
+    hidden, head, labels = sample(7, 16, 40, std=2.0)
+    expected = token_scores(hidden, head, labels)
+    bias = torch.zeros(140)
+    bias[40:] = -torch.inf  # a whole tile and a whole split without a finite entry
+    wide = LMHead(torch.cat((head.weight, torch.ones(100, 16))), bias)
+    out = run(hidden, wide, labels, backend)
+    for name in NUMBERS:
+        torch.testing.assert_close(getattr(out, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_row_stays_alone(bad: float, backend: str) -> None:
+    hidden, head, labels = sample(6, 16, 150)
+    clean = run(hidden, head, labels, backend)
+    hidden[2, 1] = bad
+    out = run(hidden, head, labels, backend)
+    others = torch.arange(6) != 2
+    for name in ("nll", "entropy", "el2n", "sum_sq"):
+        assert not torch.isfinite(getattr(out, name)[2]), name
+        assert torch.equal(getattr(out, name)[others], getattr(clean, name)[others])
+    assert out.margin is not None and (bad == math.inf or out.margin[2].isnan())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ignored_tokens_are_zero_and_not_read(backend: str) -> None:
+    hidden, head, labels = sample(6, 16, 50)
+    full = run(hidden, head, labels, backend)
+    labels[1] = labels[5] = -100
+    hidden[1] = math.nan
+    for padded in (False, True):
+        out = run(hidden, head, labels, backend, padded=padded)
+        for name in OUTPUTS:
+            ours = getattr(out, name)
+            torch.testing.assert_close(ours[out.mask], getattr(full, name)[out.mask])
+            assert (ours[~out.mask] == 0).all()
+    nothing = run(hidden, head, torch.full((6,), -100), backend)
+    assert nothing.nll is not None and (nothing.nll == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_what_is_asked_for(backend: str) -> None:
+    hidden, head, labels = sample(5, 16, 50)
+    full = run(hidden, head, labels, backend)
+    for name in NUMBERS:
+        out = run(hidden, head, labels, backend, outputs=(name,))
+        assert torch.equal(getattr(out, name), getattr(full, name))
+
+
+def test_a_token_does_not_depend_on_its_company() -> None:
+    hidden, head, labels = sample(40, 16, 300, std=5.0)
+    whole = run(hidden, head, labels, "triton")
+    alone = run(hidden[17:18], head, labels[17:18], "triton")
+    for name in NUMBERS:
+        assert torch.equal(getattr(whole, name)[17:18], getattr(alone, name))
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 5, 100])
+def test_the_number_of_splits_does_not_matter(tiles: int) -> None:
+    hidden, head, labels = sample(20, 16, 300, std=5.0)
+    state = fused.fused_state(hidden, head, labels, None, True, True, SMALL._replace(tiles=tiles))
+    assert_accurate(TokenScores(labels >= 0, **state_scores(state, OUTPUTS)), naive(
+        hidden, head, labels))  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_policy_logprobs_over_each_backend(backend: str) -> None:
+    hidden, head, labels = sample(9, 16, 90, std=4.0)
+    hidden.requires_grad_()
+    ours = policy_logprobs(hidden, head, labels, 0.7, backend=backend)
+    oracle = policy_logprobs(hidden, head, labels, 0.7)
+    gradients = [torch.autograd.grad((side[0] + side[1]).sum(), hidden) for side in (ours, oracle)]
+    for one, two in zip((*ours, *gradients[0]), (*oracle, *gradients[1]), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=2e-5)
+
+
+def test_strided_inputs_and_mixed_types() -> None:
+    hidden, head, labels = sample(9, 32, 60, std=3.0, dtype=torch.bfloat16)
+    wide = torch.zeros(9, 80, dtype=torch.bfloat16)
+    wide[:, 7:39] = hidden
+    flipped = LMHead(head.weight.T.contiguous().T)
+    mixed = LMHead(head.weight.float())
+    every_other = torch.zeros(18, dtype=torch.long)
+    every_other[::2] = labels
+    temperature = torch.ones(18)
+    temperature[::2] = torch.linspace(0.5, 2.0, 9)
+    for backend in BACKENDS:
+        expected = run(hidden, head, labels, backend)
+        for states, other in ((wide[:, 7:39], head), (hidden, flipped), (hidden, mixed)):
+            assert torch.equal(run(states, other, labels, backend).nll, expected.nll)  # type: ignore[arg-type]
+        spaced = run(hidden, head, every_other[::2], backend, temperature=temperature[::2])
+        tight = run(hidden, head, labels, backend, temperature=temperature[::2].contiguous())
+        assert torch.equal(spaced.nll, tight.nll) and (spaced.nll != expected.nll).any()  # type: ignore[arg-type, union-attr]
+
+
+def test_parts_of_the_vocabulary_merge_to_the_whole() -> None:
+    hidden, head, labels = sample(11, 16, 200, std=5.0)
+    for make in (tile.tile_state, fused.fused_state):
+        parts: list[LogitState] = []
+        for start, stop in ((0, 64), (64, 65), (65, 200)):
+            part = head.part(start, stop, torch.float32)
+            parts.append(make(hidden, part, labels - start, None, True, True))
+        merged = merge_states(merge_states(parts[0], parts[1]), parts[2])
+        scores = TokenScores(labels >= 0, **state_scores(merged, OUTPUTS))
+        assert_accurate(scores, naive(hidden, head, labels))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_operation_keeps_the_rules_of_torch_library(backend: str) -> None:
+    hidden, head, labels = sample(5, 16, 40)
+    arguments = (
+        hidden, head.weight, None, labels, None, 1.0, None, True, True, backend, None, None
+    )  # fmt: skip
+    opcheck(torch.ops.onlinesel.logit_state, arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_without_a_break(backend: str) -> None:
+    hidden, head, labels = sample(5, 16, 40)
+
+    def score(states: Tensor, targets: Tensor) -> Tensor:
+        out = token_scores(states, head, targets, backend=backend, padded=True)
+        assert out.el2n is not None
+        return out.el2n * 2
+
+    compiled = torch.compile(score, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(hidden, labels), score(hidden, labels))
