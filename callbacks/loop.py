@@ -39,7 +39,7 @@ class Step:
         self, index: int, micro_batches: list[MicroBatch], decisions: list[Decision], engine: Any
     ) -> None:
         self.index, self.micro_batches, self.decisions = index, micro_batches, decisions
-        self._engine = engine
+        self._engine, self._device = engine, _device_of(engine)
 
     def __len__(self) -> int:
         return len(self.micro_batches)
@@ -60,9 +60,8 @@ class Step:
     def mean_loss(self) -> float:
         """Return the step's loss over all micro-batches and ranks; every rank must call it."""
         parts = [micro.value for micro in self.micro_batches if micro.value is not None]
-        if not parts:
-            return 0.0
-        return float(sum_over_ranks(torch.stack(parts).sum()))
+        total = torch.stack(parts).sum() if parts else torch.zeros((), device=self._device)
+        return float(sum_over_ranks(total))
 
 
 class Steps:
