@@ -25,6 +25,7 @@ from onlinesel.distributed import (
     exchange_rows,
     gather_signals,
 )
+from tests.launching import leave
 
 RANKS = 3
 
@@ -231,4 +232,4 @@ if __name__ == "__main__":
     for scenario in SCENES:
         scenario(number)
         print("passed", scenario.__name__, flush=True)
-    dist.destroy_process_group()
+    leave()

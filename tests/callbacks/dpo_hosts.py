@@ -25,6 +25,7 @@ from tests.callbacks.hosts import (
     parameters,
     relative_error,
 )
+from tests.launching import leave
 
 BETA = 0.5
 HIDE = TARS(differing=3.0, min_run=2, share=0.3)
@@ -309,4 +310,4 @@ if __name__ == "__main__":
     assert_resumes(Path(sys.argv[1]) / "parts")
     if dist.get_rank() == 0:
         print("same", flush=True)
-    dist.destroy_process_group()
+    leave()

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from onlinesel.distributed import rank
 from onlinesel.mixing import FixedMixture
 from onlinesel.strategies import RS2, InfoBatch, SelectiveBackprop, TopLoss
 from tests.callbacks.hosts import attach, make_rows, make_trainer
+from tests.launching import leave
 
 STOP = {1: 8, 2: 4}
 """Step of the checkpoint, on one process and on two: 64 rows are behind."""
@@ -84,4 +84,4 @@ if __name__ == "__main__":
     for case in cases():
         train(out / f"{case}-from-2", case, 2)
         train(out / f"{case}-1-to-2", case, 2, resume=out / f"{case}-from-1/checkpoint-{STOP[1]}")
-    dist.destroy_process_group()
+    leave()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -18,6 +17,7 @@ from onlinesel.strategies import UDS, LossReweight, RHOLoss, TopLoss
 from tests.callbacks.hosts import make_model, make_sft_trainer
 from tests.callbacks.resuming import assert_same
 from tests.callbacks.two_ranks import KeepIds, poisoned, run
+from tests.launching import leave
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
@@ -125,8 +125,4 @@ if __name__ == "__main__":
             assert_same(folder / engine, "UDS", lambda engine=engine: changes_for(engine))
             if dist.get_rank() == 0:
                 print("done", engine, "resumed", flush=True)
-    # Without what comes at exit: there DeepSpeed on a CPU aborts about once in forty runs
-    # ("terminate called without an active exception"), when everything has been done and noted.
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)
+    leave()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
 
 from onlinesel import When
@@ -36,6 +35,7 @@ from tests.callbacks.grpo_hosts import (
     weights,
     word_parity,
 )
+from tests.launching import leave
 
 STEPS, STOP = 6, 3
 RIGHTS = (2, 0, 1, 4, 3, 0, 2, 2, 0, 4, 1, 3, 0, 0, 2, 4)
@@ -108,4 +108,4 @@ if __name__ == "__main__":
         assert_same(Path(sys.argv[1]), case)
         if rank() == 0:
             print("same", case, flush=True)
-    dist.destroy_process_group()
+    leave()

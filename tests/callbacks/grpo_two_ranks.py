@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
 
 from onlinesel.distributed import rank, world_size
@@ -34,6 +33,7 @@ from tests.callbacks.grpo_hosts import (
     weights,
     word_parity,
 )
+from tests.launching import leave
 
 NAN = float("nan")
 MANY = (2, 0, 1, 4, 3, 0, 2, 2, 0, 4, 1, 3)
@@ -151,4 +151,4 @@ if __name__ == "__main__":
     all_nan(out)
     failing(out)
     tempered(out)
-    dist.destroy_process_group()
+    leave()

@@ -31,6 +31,7 @@ from tests.callbacks.lightning_hosts import (
     text_loader,
 )
 from tests.callbacks.two_ranks import KeepIds
+from tests.launching import leave
 
 ROWS = 50
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -271,4 +272,4 @@ if __name__ == "__main__":
     loaders()
     resuming()
     resuming_engines()
-    dist.destroy_process_group()
+    leave()

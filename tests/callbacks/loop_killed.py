@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import onlinesel
 from onlinesel.strategies import SelectiveBackprop
 from tests.callbacks.loop_hosts import make_loader, make_model, sgd, token_losses
+from tests.launching import leave
 
 KILLED_IN = 3
 
@@ -50,4 +51,4 @@ if __name__ == "__main__":
         else:
             steps.state_dict()  # finishes the step, as on rank 0
         print(json.dumps({"trained": step.index}), file=log, flush=True)
-    dist.destroy_process_group()
+    leave()

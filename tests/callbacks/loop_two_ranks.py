@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from onlinesel.strategies import UDS, InfoBatch, LossReweight, SelectiveBackprop
 from tests.callbacks.hosts import collate, make_rows
 from tests.callbacks.loop_hosts import make_loader, make_model, sgd, token_losses, train
 from tests.callbacks.two_ranks import KeepIds, poisoned
+from tests.launching import leave
 
 ACCUMULATE = (1, 2)
 CHECKPOINTED = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -325,5 +325,4 @@ if __name__ == "__main__":
     for engine in CHECKPOINTED:
         resume_from(out, engine)
     assert loop._factor_of(torch.nn.parallel.DistributedDataParallel(make_model())) == 2.0
-    dist.barrier()
-    os._exit(0)  # DeepSpeed's teardown aborts now and then, when all is done
+    leave()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from onlinesel import Chain, When
 from onlinesel.distributed import rank
@@ -19,6 +18,7 @@ from onlinesel.mixing import ODM, DoReMi
 from onlinesel.quotas import PerGroup
 from onlinesel.strategies import UDS, InfoBatch, SelectiveBackprop, TopLoss, Uniform
 from tests.callbacks.hosts import attach, make_rows, make_trainer
+from tests.launching import leave
 from tests.strategies.contract_table import CASES
 
 STEPS, STOP = 7, 4
@@ -115,4 +115,4 @@ if __name__ == "__main__":
         assert_same(Path(sys.argv[1]), case)
         if rank() == 0:
             print("same", case, flush=True)
-    dist.destroy_process_group()
+    leave()

@@ -52,7 +52,10 @@ def refused(
 ) -> None:
     module = Classifier() if module is None else module
     names = set(vars(module)) | {"_hparams"}
-    with planned() as plans, pytest.raises(ValueError, match=f"^OnlineSelection: {message}"):
+    with (
+        planned() as plans,
+        pytest.raises(ValueError, match=f"^(OnlineSelection|CandidateLoader): {message}"),
+    ):
         make_trainer(callback, **options).fit(module, loader() if batches is None else batches)
     assert plans == [] and not set(vars(module)) - names
 
@@ -136,7 +139,7 @@ def test_batches_that_the_default_scorer_cannot_read() -> None:
 
 def test_rows_that_are_strings_would_not_follow() -> None:
     rows = [{"x": x, "text": f"row {y}"} for x, y in classified()]
-    refused("batch must be one whose rows are in tensors, got 2 strings at 'text'",
+    refused("batch must hold its rows in tensors, got 2 other values at 'text'",
             selection(Uniform()), batches=loader(rows))  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from tests.callbacks.hosts import (
     make_sft_trainer,
     make_trainer,
 )
+from tests.launching import leave
 
 
 @dataclass(frozen=True)
@@ -178,4 +179,4 @@ if __name__ == "__main__":
     (out / f"cost-{dist.get_rank()}.json").write_text(json.dumps(uniform_run(out, batch=16)))
     for scenario, values in scenarios().items():
         run(out, scenario, values)
-    dist.destroy_process_group()
+    leave()

@@ -20,6 +20,7 @@ from onlinesel.kernels import HeadGram, JLProjector, LMHead, VocabShard, token_s
 from onlinesel.scoring import CausalLMScorer
 from tests.callbacks.hosts import collate, make_model, make_rows
 from tests.kernels.no_logits import LargestTensor
+from tests.launching import leave
 
 VOCAB = 65  # not divisible by two: one rank holds 33 rows, the other 32
 NEEDS = ("loss", "entropy", "el2n", "nuclear_norm", "embedding")
@@ -143,4 +144,4 @@ if __name__ == "__main__":
     scored_in_parts()
     for ties, alone_sharded in ((False, False), (True, False), (False, True)):
         scored(ties, alone_sharded, two)
-    dist.destroy_process_group()
+    leave()
