@@ -179,6 +179,7 @@ class Steps:
         self._source.meter.fetch()
         for window in self._reader.windows():
             plan = self._source.plan(window, self.step)
+            del window  # the candidates that were not chosen
             micro_batches = self._source.micro_batches(plan, self._factor)
             yield Step(self.step, micro_batches, plan.decisions, self._model)
             self._finish()

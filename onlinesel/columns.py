@@ -6,7 +6,7 @@ Rows are chosen, moved and joined column by column; a user's loop wants its own 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 __all__ = ["Columns", "as_columns"]
@@ -56,7 +56,8 @@ def _take_apart(part: Any, path: str, found: dict[str, Any]) -> Callable[[Mappin
         return lambda values: values.get(path or "batch", _MISSING)
     start = f"{path}." if path else ""
     builders = {name: _take_apart(child, f"{start}{name}", found) for name, child in items.items()}
-    return lambda values: _assemble(part, {n: build(values) for n, build in builders.items()})
+    kind = dict if isinstance(part, Mapping) else type(part)  # and not the part, with all its rows
+    return lambda values: _assemble(kind, {n: build(values) for n, build in builders.items()})
 
 
 def _children(part: Any) -> dict[Any, Any] | None:
@@ -69,15 +70,16 @@ def _children(part: Any) -> dict[Any, Any] | None:
     return None
 
 
-def _assemble(pattern: Any, children: dict[Any, Any]) -> Any:
-    if is_dataclass(pattern) and not isinstance(pattern, type):
-        return replace(pattern, **{k: _or_none(v) for k, v in children.items()})
-    if hasattr(pattern, "_fields"):
-        return type(pattern)(*map(_or_none, children.values()))
+def _assemble(kind: Any, children: dict[Any, Any]) -> Any:
+    make: Callable[..., Any] = kind
+    if is_dataclass(kind):
+        return make(**{k: _or_none(v) for k, v in children.items()})
+    if hasattr(kind, "_fields"):
+        return make(*map(_or_none, children.values()))
     present = {k: v for k, v in children.items() if v is not _MISSING}
-    if isinstance(pattern, Mapping):
+    if kind is dict:
         return present
-    return list(present.values()) if isinstance(pattern, list) else tuple(present.values())
+    return list(present.values()) if issubclass(kind, list) else tuple(present.values())
 
 
 def _or_none(value: Any) -> Any:

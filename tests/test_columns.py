@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import UserDict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -61,6 +62,18 @@ def test_leaves_that_are_taken_out_are_gone_or_none() -> None:
     columns = as_columns([{"ids": 1, "x": 2}, Record(3, 4), Pair(5, 6), 7])
     rest = {k: v for k, v in columns.values.items() if k not in ("0.ids", "1.label", "2.0", "3")}
     assert columns.rebuild(rest) == [{"x": 2}, Record(3, None), Pair(None, 6)]
+
+
+def test_what_rebuilds_a_batch_does_not_hold_it() -> None:
+    class Leaf:
+        pass
+
+    leaf = Leaf()
+    alive = weakref.ref(leaf)
+    rebuild = as_columns({"a": [leaf], "b": Record(leaf, 1)}).rebuild
+    del leaf
+    assert alive() is None
+    assert rebuild({"a.0": 2, "b.pixels": 3, "b.label": 4}) == {"a": [2], "b": Record(3, 4)}
 
 
 def test_a_mapping_of_another_kind_comes_back_as_a_dict() -> None:
