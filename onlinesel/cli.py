@@ -22,7 +22,7 @@ _COMMANDS = {
     ),
     "report": ("onlinesel.report.page", "write an HTML page about recorded runs"),
     "prompts": ("onlinesel.report.prompts", "list a run's easiest, hardest and unsure prompts"),
-    "bench": ("onlinesel.bench", "time the kernels on this machine"),
+    "bench": ("onlinesel.bench", "time the kernels, and what deciding costs on many ranks"),
     "demo": ("onlinesel.recipes.demo", "compare methods on a small model, on a CPU, in minutes"),
     "demo-grpo": (
         "onlinesel.recipes.demo_grpo",
