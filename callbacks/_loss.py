@@ -10,9 +10,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-__all__ = ["LossTap", "tapped_loss"]
+from onlinesel.step import StepPlan
+
+__all__ = ["WEIGHTS", "LossTap", "put_weights", "tapped_loss"]
+
+WEIGHTS = "onlinesel_weights"
+"""Batch key of the ``(N,)`` factors of the rows' summed token losses."""
 
 _IGNORED = -100
+
+
+def put_weights(plan: StepPlan, args: Any, *, always: bool) -> Tensor:
+    """Put factors into the micro-batches that need them; return what the host divides by.
+
+    Args:
+        plan: Its batches are changed in place.
+        args: The trainer's.
+        always: Whether every micro-batch is to have them, so that its loss is tapped.
+    """
+    items, scale = plan.denominator, 1.0
+    if not args.average_tokens_across_devices:
+        items = items / args.world_size  # DDP's mean over ranks is all the averaging there is
+    if float(items) < 1.0:  # SFTTrainer never divides by less than 1
+        items, scale = torch.ones_like(items), 1.0 / float(items)
+    for index, batch in enumerate(plan.batches):
+        multipliers = plan.multipliers(index)
+        if multipliers is None and (always or scale != 1.0):
+            multipliers = (plan.weights[index] > 0).float()
+        if multipliers is not None:
+            batch[WEIGHTS] = multipliers * scale
+    return items
 
 
 class LossTap:

@@ -96,6 +96,10 @@ class StepMeter(Meter):
         for signals, selection in plan.decisions:
             self._means.add(**describe(signals, selection))
 
+    def note(self, **values: float) -> None:
+        """Note numbers for the log."""
+        self._means.add(**values)
+
     def end(self, step: int) -> None:
         """Note that the step which was decided has trained."""
         plan, self._plan = self._plan, None

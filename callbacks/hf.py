@@ -15,6 +15,7 @@ methods **of that instance**; :meth:`OnlineSelection.detach` puts everything bac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,23 @@ from onlinesel.callbacks import _attach
 from onlinesel.callbacks._fused import FusedHeadScorer
 from onlinesel.callbacks._hf_data import TrainingData
 from onlinesel.callbacks._hf_state import resume_run, save_run
-from onlinesel.callbacks._loss import LossTap, tapped_loss
+from onlinesel.callbacks._loss import WEIGHTS, LossTap, put_weights, tapped_loss
 from onlinesel.callbacks._meter import StepMeter
+from onlinesel.callbacks._observed import TrainedLosses
+from onlinesel.callbacks._replay import replaying
 from onlinesel.distributed import gather_signals
 from onlinesel.mixing import Mixture
 from onlinesel.report.runlog import RunLog
 from onlinesel.rows import GROUP, ROW_ID, content_ids
 from onlinesel.scoring import CausalLMScorer, evaluating
 from onlinesel.selector import Selector
-from onlinesel.step import StepPlan, StepPlanner
+from onlinesel.step import StepPlanner
 from onlinesel.types import Scorer, Signals, Strategy
 
 try:
     from transformers import TrainerCallback
+
+    from onlinesel.callbacks._reuse import HELD, SOURCE, reused_forward
 except ImportError as error:
     raise ImportError(
         'onlinesel.callbacks.hf needs transformers: pip install "onlinesel[hf]".'
@@ -45,7 +50,6 @@ except ImportError as error:
 
 __all__ = ["OnlineSelection"]
 
-_WEIGHTS = "onlinesel_weights"
 _WRAPPED = (
     "get_train_dataloader",
     "get_batch_samples",
@@ -91,6 +95,13 @@ class OnlineSelection(TrainerCallback):
             without gradient.
         record: Folder (or an open :class:`onlinesel.report.runlog.RunLog`) in which every decision
             is written down for ``onlinesel report``. One that holds another run is refused.
+        reuse_forward: Let the scoring forward be the training forward as well, for models with
+            gradient checkpointing: the outputs of the checkpointed layers are held for all
+            candidates of the step on this rank, ``layers * rows * tokens * width`` numbers, until
+            it is decided, and for the rows that train until their backward. Rows that come from
+            another rank are forwarded again.
+        reuse_limit: GiB that may be held at most on each rank; what does not fit is forwarded
+            again. None for no bound.
 
     Raises:
         ValueError: The arguments, the trainer or its settings cannot give exact selection, or
@@ -124,10 +135,13 @@ class OnlineSelection(TrainerCallback):
         mixture: Mixture | None = None,
         scorer: Scorer | None = None,
         record: str | Path | RunLog | None = None,
+        reuse_forward: bool = False,
+        reuse_limit: float | None = None,
     ) -> None:
         _attach.check_ranks(
             trainer, strategy=strategy, candidates=candidates, scope=scope, normalize=normalize,
             seed=seed, ids=ids, shadow=shadow, groups=groups, mixture=mixture,
+            reuse_forward=reuse_forward, reuse_limit=reuse_limit,
         )  # fmt: skip
         self.selector = Selector(strategy, seed=seed)
         self.normalize = strategy.normalize if normalize is None else normalize
@@ -142,6 +156,9 @@ class OnlineSelection(TrainerCallback):
             default_scorer=scorer is None,
             reference=reference,
             groups=groups,
+        )
+        self._reuse = reused_forward(
+            trainer, reuse_forward, reuse_limit, shadow=shadow, scorer=scorer
         )
         self.trainer, self.candidates, self.scope = trainer, candidates, scope
         self.seed, self.shadow, self.ids = seed, shadow, ids
@@ -162,9 +179,7 @@ class OnlineSelection(TrainerCallback):
             **strategy.scorer_options,
         )
         self._meter = StepMeter(record, self._facts() | {"name": type(strategy).__name__})
-        self._training: list[Tensor] = []
-        self._references: list[Tensor | None] = []
-        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._trained = TrainedLosses()
         methods = {name: getattr(self, f"_on_{name}") for name in _WRAPPED}
         self._call = {name: getattr(trainer, name) for name in _WRAPPED}
         self._before = _attach.wrap(trainer, methods)
@@ -195,13 +210,8 @@ class OnlineSelection(TrainerCallback):
         strategy = self.selector.strategy
         if strategy.epoch_plan(rows, epoch=0, seed=self.seed) is None:
             return None
-
-        def plan(epoch: int) -> Tensor:
-            rows_of_epoch = strategy.epoch_plan(rows, epoch=epoch, seed=self.seed)
-            assert rows_of_epoch is not None
-            return rows_of_epoch
-
-        return plan
+        plan: Callable[..., Any] = strategy.epoch_plan
+        return lambda epoch: plan(rows, epoch=epoch, seed=self.seed)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the order of the rows its epoch, which comes from the run's own counter."""
@@ -220,30 +230,18 @@ class OnlineSelection(TrainerCallback):
         batches = [dict(self.trainer._prepare_inputs(batch)) for batch in batches]
         ids = [b.pop(ROW_ID) if ROW_ID in b else content_ids(b) for b in batches]
         groups = [batch.pop(GROUP) for batch in batches if GROUP in batch] or None
+        if self._reuse is not None:
+            self._reuse.mark(batches)
         plan = self._plan(device).plan(batches, ids, self.trainer.state.global_step, groups)
         self._meter.decided(plan)
-        self._references = [batch.pop("reference_loss", None) for batch in plan.batches]
-        for batch in batches:
-            batch.pop("reference_loss", None)
+        self._trained.begin(plan.ids, plan.batches)
+        if self._reuse is not None:
+            self._meter.note(**self._reuse.keep(plan.batches))
         if self.shadow:
+            for batch in batches:
+                batch.pop("reference_loss", None)
             return batches, items
-        self._training, self._seen = list(plan.ids), []
-        return plan.batches, self._weighted(plan)
-
-    def _weighted(self, plan: StepPlan) -> Tensor:
-        """Put row multipliers into the batches that need them; return what the host divides by."""
-        args, items, scale = self.trainer.args, plan.denominator, 1.0
-        if not args.average_tokens_across_devices:
-            items = items / args.world_size  # DDP's mean over ranks is all the averaging there is
-        if float(items) < 1.0:  # SFTTrainer never divides by less than 1
-            items, scale = torch.ones_like(items), 1.0 / float(items)
-        for index, batch in enumerate(plan.batches):
-            multipliers = plan.multipliers(index)
-            if multipliers is None and (self._observing or scale != 1.0):
-                multipliers = (plan.weights[index] > 0).float()
-            if multipliers is not None:
-                batch[_WEIGHTS] = multipliers * scale
-        return items
+        return plan.batches, put_weights(plan, self.trainer.args, always=self._observing)
 
     def _plan(self, device: torch.device) -> StepPlanner:
         if self._planner is None:
@@ -260,10 +258,15 @@ class OnlineSelection(TrainerCallback):
         return self._planner
 
     def _score(self, batch: dict[str, Any], needs: Sequence[str]) -> Signals:
-        trainer = self.trainer
+        trainer, held = self.trainer, nullcontext()
+        if self._reuse is not None:
+            held = self._reuse.scoring(batch)
+            batch = {name: value for name, value in batch.items() if name != SOURCE}
         with trainer.compute_loss_context_manager():
             if isinstance(self._scorer, CausalLMScorer):
-                return self._scorer(trainer.model_wrapped, batch, core=trainer.model, needs=needs)
+                return self._scorer(
+                    trainer.model_wrapped, batch, core=trainer.model, needs=needs, around=held
+                )
             with evaluating(trainer.model_wrapped):
                 return self._scorer(trainer.model_wrapped, batch)
 
@@ -271,36 +274,33 @@ class OnlineSelection(TrainerCallback):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Let the trainer compute its own loss, with this micro-batch's weights in it."""
-        multipliers = inputs.pop(_WEIGHTS, None)
+        multipliers, held = inputs.pop(WEIGHTS, None), inputs.pop(HELD, None)
         if multipliers is None:
-            return self._call["compute_loss"](model, inputs, *args, **kwargs)
+            with replaying(held):
+                return self._call["compute_loss"](model, inputs, *args, **kwargs)
         core = self.trainer.accelerator.unwrap_model(model)
         core = core.get_base_model() if hasattr(core, "get_base_model") else core
         tap = LossTap(multipliers)
-        with tapped_loss(core, tap, fused=_attach.is_sft(self.trainer)):
+        fused = _attach.is_sft(self.trainer)
+        with replaying(held), tapped_loss(core, tap, fused=fused):
             result = self._call["compute_loss"](model, inputs, *args, **kwargs)
         if self._observing:
-            silent = multipliers.to(tap.row_loss.device) == 0
-            losses = tap.row_loss.masked_fill(silent, float("nan")).cpu()
-            index = len(self._seen)
-            reference = self._references[index]
-            known = torch.full_like(losses, float("nan")) if reference is None else reference.cpu()
-            self._seen.append((self._training[index], losses, known))
+            assert tap.row_loss is not None
+            self._trained.note(tap.row_loss, multipliers)
         return result
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Learn from the rows that trained, before a checkpoint of this step is written."""
-        if self._seen:
-            self._learn(args.device)
+        self._learn(args.device)
         if isinstance(self._scorer, CausalLMScorer):
             self._scorer.advance()
         self._meter.end(state.global_step)
 
     def _learn(self, device: torch.device) -> None:
-        ids, losses, references = (torch.cat(part) for part in zip(*self._seen, strict=True))
-        self._seen = []
         compared = self._domains is not None and "reference_loss" in self._domains.mixture.needs
-        seen = Signals(ids=ids, loss=losses, reference_loss=references if compared else None)
+        seen = self._trained.drain(compared)
+        if seen is None:
+            return
         everywhere = seen
         if self.scope == "global" or self._domains is not None:
             everywhere, _ = gather_signals(seen, device)
@@ -366,7 +366,9 @@ class OnlineSelection(TrainerCallback):
         # Ranks that decide alone must not draw the same numbers for different rows.
         seed = self.seed + 1_000_003 * (self._rank or 0)
         self.selector = Selector(self.selector.strategy, seed=seed)
-        self._planner, self._seen = None, []
+        self._planner, self._trained = None, TrainedLosses()
+        if self._reuse is not None:
+            self._reuse.start()
         if isinstance(self._reference, nn.Module):
             self._reference.to(self.trainer.args.device)
         if isinstance(self._scorer, CausalLMScorer):

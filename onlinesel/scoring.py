@@ -164,6 +164,7 @@ class CausalLMScorer:
         *,
         core: nn.Module | None = None,
         needs: Sequence[str] | None = None,
+        around: AbstractContextManager[Any] | None = None,
     ) -> Signals:
         """Score one batch.
 
@@ -173,6 +174,7 @@ class CausalLMScorer:
                 usually ``attention_mask (B, T)``; passed to the model but for the labels.
             core: The model inside the wrappers; found through ``.module`` by default.
             needs: Signals wanted this time, by default all of :attr:`needs`.
+            around: Entered for the forward of the model itself, and not for that of a reference.
 
         Returns:
             The signals asked for and ``tokens``, on the batch's device.
@@ -185,7 +187,8 @@ class CausalLMScorer:
         found: dict[str, Tensor] = {"tokens": tokens}
         own = [n for n in needs if n in _TOKEN_OUTPUTS or n in ("nuclear_norm", "embedding")]
         if own:
-            hidden = self._hidden(model, core, batch)
+            with around or nullcontext():
+                hidden = self._hidden(model, core, batch)
             found.update(self._token_signals(hidden, core, labels, own))
             found.update(self._matrix_signals(hidden, core, batch, labels, own))
         if "reference_loss" in needs:

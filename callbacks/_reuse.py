@@ -1,0 +1,291 @@
+"""Never forwarding twice: the scoring forward of a row is its training forward as well.
+
+With activation checkpointing a layer of the training forward leaves nothing but its output, which
+is the input of the next one. The scoring forward has computed that output already. So the outputs
+of the checkpointed layers are held for all candidates until the step is decided, those of the rows
+that train are kept, and the training forward, which the host calls as ever, gets them back from
+each layer without computing it. The backward recomputes the layer for these rows, as checkpointing
+does. A layer then forwards each candidate once and each trained row once more: ``1 + k`` forwards a
+row for a kept share ``k``, where scoring, forward and recomputation are ``1 + 2k``.
+
+What lies outside the layers (embedding, last norm, LM head) is computed again in training. A row
+that came from another rank, or did not fit the memory that holding may take, is forwarded as
+without this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from onlinesel.batch import rows_in, token_width
+from onlinesel.callbacks._attach import refuse
+from onlinesel.callbacks._replay import HeldRows
+from onlinesel.distributed import rank
+from onlinesel.types import Scorer
+
+__all__ = ["HELD", "SOURCE", "ReusedForward", "reused_forward"]
+
+SOURCE = "onlinesel_source"
+"""Batch key of the numbers of the tokens, ``(N, T)`` int64; 0 for padding that came later."""
+
+HELD = "onlinesel_held"
+"""Batch key of the :class:`HeldRows` of a micro-batch that trains."""
+
+_RANK_BITS = 40  # a token's number has its rank above them, since rows may change ranks
+
+Batch = dict[str, Any]
+
+
+@dataclass
+class _Candidates:
+    """One candidate micro-batch.
+
+    Attributes:
+        source: ``(n, T)`` numbers of its tokens.
+        first: The first of them.
+        outputs: ``(n, T, d)`` of each call of a layer; None where holding them is too much.
+    """
+
+    source: Tensor
+    first: int
+    outputs: list[Tensor] | None
+
+
+class ReusedForward:
+    """Hold the layer outputs of the scoring forward, and give them back to the training forward.
+
+    Args:
+        model: The transformers model, without the wrappers of data parallelism. Which of its layers
+            are checkpointed is read at each step.
+        limit: Bytes that this rank may hold of a step, or None for no bound. Micro-batches that do
+            not fit are forwarded twice.
+
+    """
+
+    def __init__(self, model: nn.Module, limit: int | None = None) -> None:
+        self._model, self._limit = model, limit
+        self.start()
+
+    def start(self) -> None:
+        """Begin a run: forget everything, and compare in the first backward again."""
+        self._candidates: list[_Candidates] = []
+        self._called: list[nn.Module] = []
+        self._audit = True
+        self._bytes = 0
+
+    def mark(self, batches: Sequence[Batch]) -> None:
+        """Number the tokens of a step's candidates; the numbers ride in the batches.
+
+        Args:
+            batches: This rank's candidate micro-batches, changed in place.
+        """
+        self._candidates, self._called = [], []
+        self._bytes = 0
+        first = (rank() + 1) << _RANK_BITS
+        for batch in batches:
+            size, width = rows_in(batch, "OnlineSelection"), token_width(batch)
+            if width is None:
+                raise ValueError(
+                    "OnlineSelection: batches must have tokens with reuse_forward, got "
+                    f"{sorted(batch)}. Set reuse_forward=False."
+                )
+            device = next(v.device for v in batch.values() if isinstance(v, Tensor) and v.dim())
+            source = torch.arange(first, first + size * width, device=device).view(size, width)
+            batch[SOURCE] = source
+            self._candidates.append(_Candidates(source, first, []))
+            first += size * width
+
+    @contextmanager
+    def scoring(self, batch: Mapping[str, Any]) -> Iterator[None]:
+        """Hold what the layers give while one candidate micro-batch is scored."""
+        mine = next(c for c in self._candidates if c.source is batch[SOURCE])
+        layers = [
+            module for module in self._model.modules()
+            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+        ]  # fmt: skip
+        called: list[nn.Module] = []
+
+        def hold(layer: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+            called.append(layer)
+            _check_call(layer, (*args, *kwargs.values()), output, mine.source)
+            size = output.numel() * output.element_size()
+            if len(called) == 1 and self._limit is not None:
+                # All layers of a micro-batch or none: half of them would be held in vain.
+                if self._bytes + size * len(layers) > self._limit:
+                    mine.outputs = None
+            if mine.outputs is not None:
+                self._bytes += size
+                mine.outputs.append(output.detach())
+
+        handles = [layer.register_forward_hook(hold, with_kwargs=True) for layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._called = called
+
+    def keep(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Keep what the decided micro-batches need, and let go of the rest.
+
+        Args:
+            batches: The micro-batches that train, changed in place: the numbers of their tokens
+                give way to what is held for them.
+
+        Returns:
+            The share of their rows that is not forwarded again, and the GiB that were held.
+        """
+        parts = [_Part(batch, self._candidates) for batch in batches]
+        values: list[list[Tensor | None]] = [[] for _ in parts]
+        for call in range(len(self._called)):
+            for part, found in zip(parts, values, strict=True):
+                if part.pieces:
+                    found.append(part.value(call))
+            for candidates in self._candidates:  # call by call, so that little is there twice
+                if candidates.outputs is not None:
+                    candidates.outputs[call] = torch.empty(0)
+        rows = reused = 0
+        for batch, part, found in zip(batches, parts, values, strict=True):
+            rows += part.known.shape[0]
+            if found:
+                batch[HELD] = HeldRows(self._called, found, part.known, part.fresh, self._audit)
+                reused += part.known.shape[0] - part.fresh.shape[0]
+        self._audit = self._audit and not reused
+        self._candidates = []
+        return {"reused_share": reused / rows, "held_gib": self._bytes / 2**30}
+
+
+class _Part:
+    """Where the tokens of one decided micro-batch come from.
+
+    Attributes:
+        known: ``(n, T)`` bool, tokens whose outputs are held and that are no padding.
+        fresh: ``(f,)`` rows of which nothing is held.
+        pieces: Candidates, their tokens, and where these go in the flattened micro-batch.
+    """
+
+    def __init__(self, batch: Batch, candidates: Sequence[_Candidates]) -> None:
+        marked = batch.pop(SOURCE)
+        source, device = marked.cpu(), marked.device  # one wait for the device, not one a piece
+        held = torch.zeros_like(source, dtype=torch.bool)
+        self.pieces: list[tuple[_Candidates, Tensor, Tensor]] = []
+        for part in candidates:
+            if not part.outputs:
+                continue
+            mine = (source >= part.first) & (source < part.first + part.source.numel())
+            places = mine.flatten().nonzero().squeeze(1)
+            if places.numel():
+                taken = source.flatten()[places] - part.first
+                self.pieces.append((part, taken.to(device), places.to(device)))
+                held |= mine
+        self.fresh = (~held.any(dim=1)).nonzero().squeeze(1).to(device)
+        self.known = held.to(device)
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.shape == self.known.shape:
+            self.known &= mask.ne(0)
+
+    def value(self, call: int) -> Tensor:
+        """Return the ``(n, T, d)`` outputs of a call of a layer, 0 where they are not held."""
+        outputs = [part.outputs[call] for part, *_ in self.pieces if part.outputs]
+        whole = outputs[0].new_zeros(*self.known.shape, outputs[0].shape[2])
+        for output, (_, taken, places) in zip(outputs, self.pieces, strict=True):
+            rows = output.flatten(0, 1).index_select(0, taken)
+            whole.view(-1, whole.shape[2]).index_copy_(0, places, rows)
+        return whole
+
+
+def _check_call(layer: nn.Module, inputs: tuple[Any, ...], output: Any, source: Tensor) -> None:
+    """Refuse a layer that takes or gives more than the hidden states of its rows."""
+    plain = (Tensor, bool, int, float, str, type(None), torch.dtype)
+    strange = [
+        value for value in inputs
+        if not all(isinstance(v, plain) for v in (value if isinstance(value, tuple) else (value,)))
+    ]  # fmt: skip
+    got = f"{type(layer).__name__} that takes a {type(strange[0]).__name__}" if strange else None
+    if not isinstance(output, Tensor):
+        got = f"{type(layer).__name__} that gives a {type(output).__name__}"
+    elif output.dim() != 3 or output.shape[:2] != source.shape:
+        got = f"{type(layer).__name__} that gives {tuple(output.shape)} for {tuple(source.shape)}"
+    if got is not None:
+        raise ValueError(
+            "OnlineSelection: checkpointed layers must take tensors and plain values and give one "
+            f"hidden state a token with reuse_forward, got {got}. What else they pass on cannot be "
+            "cut down to the rows that train: set reuse_forward=False."
+        )
+
+
+def reused_forward(
+    trainer: Any, wanted: bool, limit: float | None, *, shadow: bool, scorer: Scorer | None
+) -> ReusedForward | None:
+    """Return what reuses the scoring forward of a trainer, None where it is not wanted.
+
+    Args:
+        trainer: The trainer.
+        wanted: Whether it is asked for.
+        limit: GiB that may be held on this rank, or None.
+        shadow: Whether nothing is to change.
+        scorer: What replaces the default scorer.
+
+    Raises:
+        ValueError: The scoring forward is not the training forward here.
+    """
+    if limit is not None and not (wanted and limit > 0):
+        refuse(
+            "reuse_limit", "positive, and None without reuse_forward", repr(limit),
+            "It bounds the GiB of layer outputs that reuse_forward holds.",
+        )  # fmt: skip
+    if not wanted:
+        return None
+    _check_trainer(trainer, shadow, scorer)
+    return ReusedForward(trainer.model, None if limit is None else int(limit * 2**30))
+
+
+def _check_trainer(trainer: Any, shadow: bool, scorer: Scorer | None) -> None:
+    """Refuse trainers in which a row's scoring forward is not its training forward."""
+    args, model = trainer.args, trainer.model
+    chance, router = _chance(model), getattr(model.config, "output_router_logits", False)
+    layers = any(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+    noise = getattr(args, "neftune_noise_alpha", None)
+    for bad, argument, rule, got, remedy in (
+        (not args.gradient_checkpointing, "gradient_checkpointing", "on for reuse_forward", False,
+         "Set it in the trainer's arguments: only layers that are recomputed in the backward can "
+         "take the scoring forward as their own. Without it, selecting costs the same already."),
+        (not layers, "model", "made of transformers' checkpointing layers for reuse_forward",
+         type(model).__name__, "Set reuse_forward=False."),
+        (chance is not None, "model", "without dropout, noise and batch statistics for "
+         "reuse_forward", chance, "A row would not be the same among other rows. Set it to 0."),
+        (noise is not None, "neftune_noise_alpha", "None for reuse_forward", noise,
+         "The scored embeddings have no noise."),
+        (router, "output_router_logits", "off for reuse_forward", True,
+         "The router's loss needs routers that run in the training forward."),
+        (args.torch_compile, "torch_compile", "off for reuse_forward", True,
+         "Hooks on layers do not act in compiled graphs."),
+        (getattr(args, "activation_offloading", False), "activation_offloading",
+         "off for reuse_forward", True, "Bound what is held by reuse_limit."),
+        (shadow, "shadow", "off for reuse_forward", True, "Nothing would be reused."),
+        (scorer is not None, "scorer", "None for reuse_forward", type(scorer).__name__,
+         "Only the default scorer is known to forward each batch as in training."),
+    ):  # fmt: skip
+        if bad:
+            refuse(argument, rule, got, remedy)
+
+
+def _chance(model: nn.Module) -> str | None:
+    """Name what makes the output of a layer depend on chance or on the rest of the batch."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            return f"{type(module).__name__} {name}"
+        rates = {k: v for k, v in vars(module).items() if isinstance(v, float) and v > 0}
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            return f"{name} with p={module.p}"
+        for key, rate in rates.items():
+            if "dropout" in key or "layerdrop" in key or "jitter" in key:
+                return f"{name}.{key}={rate}"
+    return None
