@@ -1,19 +1,22 @@
 """Training forwards whose checkpointed layers give what they gave in the scoring forward.
 
-A reentrant autograd function stands in for the checkpointing function of transformers' layers. Its
-forward returns the held output; its backward recomputes the layer, as checkpointing does.
+An autograd function stands in for the checkpointing function of transformers' layers. Its forward
+returns the held output; its backward recomputes the layer, as checkpointing does. The layer's
+parameters are inputs of the function: gradients reach them through the graph of the training
+forward, where DDP looks for parameters that are not used and counts how often each is ready.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from onlinesel.callbacks._attach import overridden
 
@@ -28,7 +31,7 @@ class HeldRows:
 
     Attributes:
         layers: The checkpointed layers in the order of their calls.
-        values: Output of each call, ``(n, T, d)``, 0 where nothing is held.
+        values: Output of each call, ``(n, T, d)``, 0 where nothing is held; None for no row.
         known: ``(n, T)`` bool, tokens of which the outputs are held and that are no padding.
         fresh: ``(f,)`` int64 rows of which nothing is held.
         audit: Whether the backward compares what it recomputes with what was held.
@@ -79,11 +82,8 @@ class _Calls:
                 _refuse("given what needs gradients by position", f"the keyword {name}")
         self._count += 1
         value, held.values[count] = held.values[count], None  # the graph keeps it from here on
-        assert value is not None
-        call = _Call(function, value, held, _ambient_autocast(value.device.type))
-        # Without it a frozen layer on inputs without gradient would leave no graph.
-        anchor = torch.empty(0, device=value.device, requires_grad=True)
-        return _Recomputed.apply(anchor, call, *args)
+        call = _Call(layer, function, value, held)
+        return _Recomputed.apply(call, len(args), *args, *call.parameters())
 
     def finish(self) -> None:
         if self._count != len(self._held.layers):
@@ -97,28 +97,33 @@ class _Call:
     """One call of a layer: what it gives, and how it is computed.
 
     Args:
-        function: The layer on positional arguments, of which the first is the hidden states.
-        value: ``(n, T, d)`` held output; the fresh rows are filled in.
+        layer: The layer.
+        function: Its forward on positional arguments, of which the first is the hidden states.
+        value: ``(n, T, d)`` held output, whose fresh rows are filled in; None where all are fresh.
         held: Whose call it is.
-        autocast: Makes the autocast context of the forward.
     """
 
     def __init__(
-        self,
-        function: partial[Tensor],
-        value: Tensor,
-        held: HeldRows,
-        autocast: Callable[[], AbstractContextManager[None]],
+        self, layer: nn.Module, function: partial[Tensor], value: Tensor | None, held: HeldRows
     ) -> None:
-        self.function, self.autocast = function, autocast
-        self._value: Tensor | None = value
-        self._fresh, self._known = held.fresh, held.known
-        self._audit = held.audit
+        self.layer, self.function = layer, function
+        device = held.known.device.type
+        self.autocast = partial(
+            torch.autocast, device, torch.get_autocast_dtype(device),
+            torch.is_autocast_enabled(device), torch.is_autocast_cache_enabled(),
+        )  # fmt: skip
+        self._value = value
+        self._fresh, self._known, self._audit = held.fresh, held.known, held.audit
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return those that train; under FSDP2 they are whole in forward and backward only."""
+        return [p for p in self.layer.parameters() if p.requires_grad]
 
     def forward(self, args: tuple[Any, ...]) -> Tensor:
         """Return the layer's output, computing the fresh rows only."""
         value = self._value
-        assert value is not None
+        if value is None:
+            return self.function(*args)
         if self._fresh.numel():
             value.index_copy_(0, self._fresh, self._fresh_rows(args).to(value.dtype))
         if not self._audit:
@@ -143,21 +148,19 @@ class _Call:
 
     def check(self, output: Tensor) -> None:
         """Refuse a layer that gives its rows another output than among all candidates."""
-        if not self._audit:
-            return
         value, self._value = self._value, None
-        assert value is not None
+        if value is None:
+            return
         known = self._known
         before, now = value[known].float(), output.detach()[known].float()
         error = float((before - now).norm() / before.norm())
         allowed = _TOLERANCE if value.dtype in (torch.float32, torch.float64) else 10 * _TOLERANCE
         if error > allowed:
-            layer = self.function.args[0] if self.function.args else self.function.func
             raise ValueError(
                 "OnlineSelection: layers must give the rows that train what they gave them among "
-                f"all candidates with reuse_forward, got outputs of {type(layer).__name__} that "
-                f"are {error:.1%} apart. The layer depends on the rest of the batch or on chance: "
-                "set reuse_forward=False."
+                f"all candidates with reuse_forward, got outputs of {type(self.layer).__name__} "
+                f"that are {error:.1%} apart. The layer depends on the rest of the batch or on "
+                "chance: set reuse_forward=False."
             )
 
 
@@ -165,7 +168,8 @@ class _Recomputed(torch.autograd.Function):
     """Give what is held; recompute it for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, call: _Call, *args: Any) -> Tensor:
+    def forward(ctx: Any, call: _Call, count: int, *inputs: Any) -> Tensor:
+        args = inputs[:count]
         ctx.call = call
         ctx.tensors = [i for i, value in enumerate(args) if isinstance(value, Tensor)]
         ctx.args = [None if isinstance(value, Tensor) else value for value in args]
@@ -173,6 +177,7 @@ class _Recomputed(torch.autograd.Function):
         return call.forward(args)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         args = list(ctx.args)
         for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
@@ -180,19 +185,15 @@ class _Recomputed(torch.autograd.Function):
         with torch.enable_grad(), ctx.call.autocast():
             output = ctx.call.function(*args)
         ctx.call.check(output)
-        if output.requires_grad:
-            torch.autograd.backward(output, gradient)
-        return None, None, *(a.grad if isinstance(a, Tensor) else None for a in args)
-
-
-def _ambient_autocast(device: str) -> Callable[[], AbstractContextManager[None]]:
-    return partial(
-        torch.autocast,
-        device,
-        torch.get_autocast_dtype(device),
-        torch.is_autocast_enabled(device),
-        torch.is_autocast_cache_enabled(),
-    )
+        inputs = [*args, *ctx.call.parameters()]
+        wanted = [i for i, v in enumerate(inputs) if isinstance(v, Tensor) and v.requires_grad]
+        found = torch.autograd.grad(
+            output, [inputs[i] for i in wanted], gradient, allow_unused=True
+        )
+        gradients: list[Tensor | None] = [None] * len(inputs)
+        for i, value in zip(wanted, found, strict=True):
+            gradients[i] = value
+        return None, None, *gradients
 
 
 def _refuse(rule: str, got: object) -> None:

@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onlinesel.batch import rows_in, token_width
-from onlinesel.callbacks._attach import refuse
+from onlinesel.callbacks import _attach
 from onlinesel.callbacks._replay import HeldRows
 from onlinesel.distributed import rank
 from onlinesel.types import Scorer
@@ -106,10 +107,7 @@ class ReusedForward:
     def scoring(self, batch: Mapping[str, Any]) -> Iterator[None]:
         """Hold what the layers give while one candidate micro-batch is scored."""
         mine = next(c for c in self._candidates if c.source is batch[SOURCE])
-        layers = [
-            module for module in self._model.modules()
-            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
-        ]  # fmt: skip
+        layers = self._layers()
         called: list[nn.Module] = []
 
         def hold(layer: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
@@ -132,6 +130,21 @@ class ReusedForward:
                 handle.remove()
         self._called = called
 
+    def _layers(self) -> list[nn.Module]:
+        """Return the layers that are checkpointed; which ones, the trainer says when it begins."""
+        layers = [
+            module for module in self._model.modules()
+            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+        ]  # fmt: skip
+        for layer in layers if self._audit else ():
+            if any(isinstance(part, FSDPModule) for part in list(layer.modules())[1:]):
+                raise ValueError(
+                    "OnlineSelection: FSDP must shard whole layers with reuse_forward, got parts "
+                    f"of {type(layer).__name__}. Ranks that have rows of other ranks to forward "
+                    "would gather them more often: shard layers, or set reuse_forward=False."
+                )
+        return layers
+
     def keep(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Keep what the decided micro-batches need, and let go of the rest.
 
@@ -146,15 +159,14 @@ class ReusedForward:
         values: list[list[Tensor | None]] = [[] for _ in parts]
         for call in range(len(self._called)):
             for part, found in zip(parts, values, strict=True):
-                if part.pieces:
-                    found.append(part.value(call))
+                found.append(part.value(call))
             for candidates in self._candidates:  # call by call, so that little is there twice
                 if candidates.outputs is not None:
                     candidates.outputs[call] = torch.empty(0)
         rows = reused = 0
         for batch, part, found in zip(batches, parts, values, strict=True):
             rows += part.known.shape[0]
-            if found:
+            if found:  # also where no row is held: all ranks must build the same graph
                 batch[HELD] = HeldRows(self._called, found, part.known, part.fresh, self._audit)
                 reused += part.known.shape[0] - part.fresh.shape[0]
         self._audit = self._audit and not reused
@@ -191,8 +203,10 @@ class _Part:
         if mask is not None and mask.shape == self.known.shape:
             self.known &= mask.ne(0)
 
-    def value(self, call: int) -> Tensor:
+    def value(self, call: int) -> Tensor | None:
         """Return the ``(n, T, d)`` outputs of a call of a layer, 0 where they are not held."""
+        if not self.pieces:
+            return None
         outputs = [part.outputs[call] for part, *_ in self.pieces if part.outputs]
         whole = outputs[0].new_zeros(*self.known.shape, outputs[0].shape[2])
         for output, (_, taken, places) in zip(outputs, self.pieces, strict=True):
@@ -237,7 +251,7 @@ def reused_forward(
         ValueError: The scoring forward is not the training forward here.
     """
     if limit is not None and not (wanted and limit > 0):
-        refuse(
+        _attach.refuse(
             "reuse_limit", "positive, and None without reuse_forward", repr(limit),
             "It bounds the GiB of layer outputs that reuse_forward holds.",
         )  # fmt: skip
@@ -253,6 +267,8 @@ def _check_trainer(trainer: Any, shadow: bool, scorer: Scorer | None) -> None:
     chance, router = _chance(model), getattr(model.config, "output_router_logits", False)
     layers = any(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
     noise = getattr(args, "neftune_noise_alpha", None)
+    state = trainer.accelerator.state
+    shards = getattr(getattr(state, "fsdp_plugin", None), "fsdp_version", 2)
     for bad, argument, rule, got, remedy in (
         (not args.gradient_checkpointing, "gradient_checkpointing", "on for reuse_forward", False,
          "Set it in the trainer's arguments: only layers that are recomputed in the backward can "
@@ -265,6 +281,10 @@ def _check_trainer(trainer: Any, shadow: bool, scorer: Scorer | None) -> None:
          "The scored embeddings have no noise."),
         (router, "output_router_logits", "off for reuse_forward", True,
          "The router's loss needs routers that run in the training forward."),
+        (_attach.is_zero3(trainer), "DeepSpeed's ZeRO stage", "at most 2 for reuse_forward", 3,
+         "It gathers what a module needs when the module is called, which ranks that have rows of "
+         "other ranks to forward do more often. Use FSDP2 or stage 2."),
+        (shards == 1, "fsdp_version", "2 for reuse_forward", 1, "Set it in the FSDP settings."),
         (args.torch_compile, "torch_compile", "off for reuse_forward", True,
          "Hooks on layers do not act in compiled graphs."),
         (getattr(args, "activation_offloading", False), "activation_offloading",
@@ -274,7 +294,7 @@ def _check_trainer(trainer: Any, shadow: bool, scorer: Scorer | None) -> None:
          "Only the default scorer is known to forward each batch as in training."),
     ):  # fmt: skip
         if bad:
-            refuse(argument, rule, got, remedy)
+            _attach.refuse(argument, rule, got, remedy)
 
 
 def _chance(model: nn.Module) -> str | None:
