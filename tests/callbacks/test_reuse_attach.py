@@ -1,0 +1,244 @@
+"""Where the scoring forward is not the training forward, ``reuse_forward`` is refused."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from onlinesel import Signals
+from onlinesel.callbacks._reuse import SOURCE, ReusedForward
+from onlinesel.callbacks.hf import OnlineSelection
+from onlinesel.strategies import TopLoss
+from tests.callbacks.hosts import attach, make_model, make_sft_trainer, make_trainer
+
+
+def lora_with_dropout() -> Any:
+    return get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"], lora_dropout=0.05))
+
+
+def router() -> Any:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_local_experts": 2}
+    depth = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **depth, output_router_logits=True))
+
+
+def normalised() -> Any:
+    model = make_model()
+    model.model.layers[0].extra = nn.BatchNorm1d(4)
+    return model
+
+
+def scorer(model: Any, batch: Any) -> Signals:
+    return Signals(loss=torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"gradient_checkpointing": False}, {}, "gradient_checkpointing must be on for reuse_for"),
+        (
+            {"model": make_model(attention_dropout=0.1)},
+            {},
+            r"got .*self_attn.attention_dropout=0.1",
+        ),
+        ({"model": lora_with_dropout()}, {}, r"got .*lora_dropout.default with p=0.05"),
+        ({"model": normalised()}, {}, "without dropout, noise and batch statistics .* BatchNorm1d"),
+        ({"model": router()}, {}, "output_router_logits must be off for reuse_forward, got True"),
+        ({"neftune_noise_alpha": 5.0}, {}, "neftune_noise_alpha must be None for reuse_forward"),
+        ({}, {"shadow": True}, "shadow must be off for reuse_forward, got True"),
+        ({}, {"scorer": scorer}, "scorer must be None for reuse_forward, got function"),
+        ({}, {"reuse_limit": 0.0}, "reuse_limit must be positive, and None without"),
+        ({}, {"reuse_limit": 1.0, "reuse_forward": False}, "reuse_limit must be positive, and No"),
+    ],
+)
+def test_refused_before_the_first_step(
+    tmp_path: Path, changes: Any, options: Any, message: str
+) -> None:
+    trainer = make_trainer(tmp_path, **{"gradient_checkpointing": True, **changes})
+    before = dict(trainer.__dict__)
+    with pytest.raises(ValueError, match=message):
+        OnlineSelection(trainer, TopLoss(), **{"reuse_forward": True, **options})
+    assert trainer.__dict__ == before
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        ({"deepspeed_plugin": SimpleNamespace(zero_stage=3)}, "ZeRO stage must be at most 2"),
+        ({"fsdp_plugin": SimpleNamespace(fsdp_version=1)}, "fsdp_version must be 2 for reuse_for"),
+    ],
+    ids=["zero3", "fsdp1"],
+)
+def test_engines_that_gather_module_by_module_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugin: Any, message: str
+) -> None:
+    trainer = make_trainer(tmp_path, gradient_checkpointing=True)
+    state = SimpleNamespace(**{"deepspeed_plugin": None, **plugin})
+    monkeypatch.setattr(type(trainer.accelerator), "state", state, raising=False)
+    monkeypatch.setattr(trainer.accelerator, "state", state)
+    with pytest.raises(ValueError, match=message):
+        OnlineSelection(trainer, TopLoss(), reuse_forward=True)
+
+
+def test_parts_of_layers_that_are_sharded_alone_are_refused() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = make_model()
+        model.activation_checkpointing_enable()
+        fully_shard(model.model.layers[1].mlp, mesh=init_device_mesh("cpu", (1,)))
+        reuse, batch = ReusedForward(model), {"input_ids": torch.ones(1, 2, dtype=torch.long)}
+        reuse.mark([batch])
+        with pytest.raises(ValueError, match="FSDP must shard whole layers with reuse_forward"):
+            with reuse.scoring(batch):
+                pass
+    finally:
+        dist.destroy_process_group()
+
+
+def test_activation_offloading_is_refused(tmp_path: Path) -> None:
+    trainer = make_sft_trainer(tmp_path, gradient_checkpointing=True)
+    trainer.args.activation_offloading = True
+    with pytest.raises(ValueError, match="activation_offloading must be off for reuse_forward"):
+        OnlineSelection(trainer, TopLoss(), reuse_forward=True)
+
+
+def test_a_model_without_checkpointing_layers_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, gradient_checkpointing=True)
+    trainer.model.model.layers = nn.ModuleList()
+    with pytest.raises(ValueError, match="model must be made of transformers' checkpointing lay"):
+        OnlineSelection(trainer, TopLoss(), reuse_forward=True)
+
+
+def train(folder: Path, change: Any, **options: Any) -> None:
+    trainer = make_trainer(folder, gradient_checkpointing=True)
+    attach(trainer, TopLoss(), candidates=3, reuse_forward=True, **options)
+    change(trainer.model)
+    trainer.train()
+
+
+def wrap_layers(model: Any, wrapped: Any) -> None:
+    """Put a class between the layers and what they compute, as another model would have it."""
+    for layer in model.model.layers:
+        layer.mlp.forward = wrapped(layer.mlp.forward)
+
+
+def test_a_layer_that_mixes_rows_stops_the_first_backward(tmp_path: Path) -> None:
+    """The mean over the batch is another one among the rows that train."""
+
+    def change(model: Any) -> None:
+        wrap_layers(model, lambda forward: lambda x: forward(x) + x.mean(dim=0, keepdim=True))
+
+    with pytest.raises(ValueError, match=r"give the rows .* LlamaDecoderLayer that are .*% apart"):
+        train(tmp_path, change)
+
+
+def test_a_layer_that_draws_numbers_stops_the_first_backward(tmp_path: Path) -> None:
+    def change(model: Any) -> None:
+        wrap_layers(model, lambda forward: lambda x: forward(x) + 0.1 * torch.randn_like(x))
+
+    with pytest.raises(ValueError, match=r"LlamaDecoderLayer that are .*% apart"):
+        train(tmp_path, change)
+
+
+def replace_call(model: Any, output: Any = None, **more: Any) -> None:
+    """Let the first layer take or give something else than hidden states."""
+    layer = model.model.layers[0]
+    if output is not None:
+        layer.register_forward_hook(lambda module, args, result: output(result))
+    layer.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, **more}), with_kwargs=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: replace_call(m, shared={}), "got LlamaDecoderLayer that takes a dict"),
+        (lambda m: replace_call(m, lambda x: (x,)), "got LlamaDecoderLayer that gives a tuple"),
+        (lambda m: replace_call(m, lambda x: x[:, 1:]), r"that gives \(6, \d+, 32\) for \(6, \d+"),
+    ],
+    ids=["state", "tuple", "width"],
+)
+def test_layers_with_state_of_the_batch_are_refused(
+    tmp_path: Path, change: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, change)
+
+
+def test_layers_that_are_called_otherwise_in_training_are_refused(tmp_path: Path) -> None:
+    def skip_last(model: Any) -> None:
+        whole = model.model.config.num_hidden_layers
+
+        def shorten(module: Any, args: Any) -> None:
+            module.config.num_hidden_layers = whole - int(torch.is_grad_enabled())
+
+        model.model.register_forward_pre_hook(shorten)
+
+    with pytest.raises(ValueError, match=r"as often as in the scoring forward \(2 times\) .*got 1"):
+        train(tmp_path, skip_last)
+
+
+def test_a_keyword_with_gradient_is_refused(tmp_path: Path) -> None:
+    def change(model: Any) -> None:
+        bias = nn.Parameter(torch.zeros(1))
+        model.model.layers[0].bias = bias
+        replace_call(model, extra=bias)
+
+    with pytest.raises(ValueError, match="given what needs gradients by position .* extra"):
+        train(tmp_path, change)
+
+
+def test_batches_without_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"batches must have tokens .* got \['pixels'\]"):
+        ReusedForward(nn.Linear(1, 1)).mark([{"pixels": torch.zeros(2, 3)}])
+
+
+def test_numbers_of_tokens_differ_between_micro_batches() -> None:
+    batches: list[dict[str, Tensor]] = [{"input_ids": torch.zeros(2, n)} for n in (3, 5)]
+    ReusedForward(nn.Linear(1, 1)).mark(batches)
+    numbers = torch.cat([batch[SOURCE].flatten() for batch in batches])
+    assert numbers.unique().numel() == 16 and int(numbers.min()) > 2**39
+
+
+def test_detaching_leaves_the_layers_as_they_were(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, gradient_checkpointing=True)
+    callback = attach(trainer, TopLoss(), candidates=3, reuse_forward=True)
+    trainer.train()
+    callback.detach()
+    for layer in trainer.model.model.layers:
+        assert not layer._forward_hooks and layer._gradient_checkpointing_func.func is not None
+        assert "checkpoint" in layer._gradient_checkpointing_func.func.__name__
+
+
+@pytest.mark.slow
+def test_a_step_is_no_slower_than_with_scoring_apart(tmp_path: Path) -> None:
+    """CPU time of whole runs that keep a quarter, in turns; counted forwards say 0.875."""
+
+    def run(reuse: bool) -> float:
+        tokens = torch.randint(1, 512, (96, 64), generator=torch.Generator().manual_seed(0))
+        sizes = {"hidden_size": 160, "intermediate_size": 480, "num_hidden_layers": 6}
+        trainer = make_trainer(
+            tmp_path, model=make_model(vocab_size=512, max_position_embeddings=64, **sizes),
+            rows=[{"input_ids": row, "labels": row} for row in tokens.tolist()],
+            per_device_train_batch_size=8, max_steps=3, gradient_checkpointing=True,
+        )  # fmt: skip
+        attach(trainer, TopLoss(), candidates=4, reuse_forward=reuse)
+        began = time.process_time()
+        trainer.train()
+        return time.process_time() - began
+
+    ratios = [run(True) / run(False) for _ in range(4)]
+    assert statistics.median(ratios[1:]) < 1.0, ratios
