@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from onlinesel import When
+from onlinesel.callbacks._replay import HeldRows, replaying
 from onlinesel.strategies import UDS, LossReweight, RHOLoss, TopLoss, Uniform
 from tests.callbacks.hosts import (
     attach,
@@ -242,11 +243,43 @@ def test_it_resumes_bit_identically(tmp_path: Path) -> None:
 
 def test_bfloat16_autocast(tmp_path: Path) -> None:
     """The recomputation runs in the autocast of the forward."""
-    options = {"candidates": 4, "trainer": {"bf16": True}}
+    kinds: list[torch.dtype] = []
+
+    def spied() -> Any:
+        model = build()
+        for layer in model.model.layers:
+            layer.mlp.up_proj.register_forward_hook(lambda _, args, out: kinds.append(out.dtype))
+        return model
+
+    options = {"candidates": 4, "model": spied, "trainer": {"bf16": True}}
     plain, _, _ = step(tmp_path, False, **options)
     reused, rows, _ = step(tmp_path, True, **options)
     assert apart(plain, reused) < 0.02
-    assert set(rows.values()) == {8 + 2}
+    assert set(rows.values()) == {8 + 2} and set(kinds) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("tokens", [2, 3], ids=["other", "as-many"])
+def test_rows_to_forward_are_taken_from_what_has_rows(tokens: int) -> None:
+    """Two of three rows are fresh; a table with one entry a token is not cut to them."""
+    layer = nn.Linear(2, 2)
+    table, heat = torch.arange(2.0 * tokens).view(tokens, 2), torch.tensor([[1.0], [2.0], [3.0]])
+    states = torch.randn(3, tokens, 2, generator=torch.Generator().manual_seed(0))
+
+    def forward(module: Any, x: Any, table: Any, pair: Any) -> Any:
+        return module(x) * pair[0].unsqueeze(2) + table
+
+    function = partial(forward, layer, table=table, pair=(heat, "plain"))
+    whole = function(states)
+    held = torch.zeros_like(whole).index_copy(0, torch.tensor([1]), whole[[1]].detach())
+    layer._gradient_checkpointing_func = None  # type: ignore[assignment]
+    known = torch.tensor([False, True, False])[:, None].expand(3, tokens)
+    rows = HeldRows([layer], [held], known, torch.tensor([0, 2]), audit=True)
+    with replaying(rows):
+        given = layer._gradient_checkpointing_func(function, states)  # type: ignore[misc]
+    assert torch.allclose(given, whole)
+    wanted = torch.autograd.grad(whole.square().sum(), list(layer.parameters()))
+    found = torch.autograd.grad(given.square().sum(), list(layer.parameters()))
+    assert all(torch.allclose(one, two) for one, two in zip(wanted, found, strict=True))
 
 
 def test_only_the_rows_that_train_are_held_until_their_backward(tmp_path: Path) -> None:
