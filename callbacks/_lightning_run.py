@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from onlinesel.callbacks._attach import overridden
 from onlinesel.callbacks._lightning_data import refuse
 from onlinesel.distributed import world_size
+from onlinesel.scoring import evaluating
 from onlinesel.step import StepPlan
 
 __all__ = [
@@ -19,8 +22,10 @@ __all__ = [
     "gradient_factor",
     "move_progress",
     "needs_weighted_mean",
+    "through_strategy",
 ]
 
+_SCORING = "_onlinesel_scoring"
 _STAGES = ("ready", "started", "processed", "completed")
 
 
@@ -64,6 +69,22 @@ def causal_model(module: nn.Module) -> nn.Module | None:
         return module
     found = [child for child in module.children() if _has_head(child)]
     return found[0] if len(found) == 1 else None
+
+
+def through_strategy(trainer: Any, function: Callable[[Any], Any], model: nn.Module) -> Any:
+    """Call a function of the model inside the forward of whatever wraps the module."""
+    strategy, module = trainer.strategy, trainer.lightning_module
+    with strategy.precision_plugin.val_step_context():
+        if strategy.model is module:
+            return function(model)
+        found: list[Any] = []
+
+        def scoring(_: int) -> None:  # wrappers look into what a forward returns
+            found.append(function(model))
+
+        with evaluating(strategy.model), overridden(module, {_SCORING: scoring}):
+            strategy._forward_redirection(strategy.model, module, _SCORING, 0)
+        return found[0]
 
 
 def engine_of(trainer: Any) -> Any:

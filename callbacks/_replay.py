@@ -8,11 +8,10 @@ forward, where DDP looks for parameters that are not used and counts how often e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,13 @@ from torch.autograd.function import once_differentiable
 
 from onlinesel.callbacks._attach import overridden
 
-__all__ = ["HeldRows", "replaying"]
+__all__ = ["HELD", "SCORER", "HeldRows", "Replay", "check_limit", "refuse"]
+
+HELD = "onlinesel_held"
+"""Batch key of the :class:`HeldRows` of a micro-batch that trains."""
+
+SCORER = "Only the default scorer is known to forward each batch as in training."
+_OTHERWISE = "Forward each micro-batch once, with the model in training mode."
 
 _TOLERANCE = 5e-3  # of a recomputed layer in float32; TF32 and other shapes of a product stay below
 
@@ -44,53 +49,73 @@ class HeldRows:
     audit: bool
 
 
-@contextmanager
-def replaying(held: HeldRows | None) -> Iterator[None]:
+def refuse(argument: str, rule: str, got: object, remedy: str) -> NoReturn:
+    """Raise the designed error of reused forwards, whatever the host is."""
+    raise ValueError(f"reuse_forward: {argument} must be {rule}, got {got}. {remedy}")
+
+
+def check_limit(wanted: bool, limit: float | None) -> None:
+    """Refuse a bound that bounds nothing."""
+    if limit is not None and not (wanted and limit > 0):
+        refuse(
+            "reuse_limit", "positive, and None without it", repr(limit),
+            "It bounds the GiB of layer outputs that are held.",
+        )  # fmt: skip
+
+
+class Replay:
     """Let one training forward take the outputs of its layers from what is held.
 
     Args:
-        held: Of its rows; None forwards as ever.
+        held: Of the rows of the forward; None forwards as ever.
 
     Raises:
         ValueError: The layers are called otherwise than when they were scored.
     """
-    if held is None:
-        yield
-        return
-    calls = _Calls(held)
-    with ExitStack() as stack:
-        for layer in dict.fromkeys(held.layers):
-            function = {"_gradient_checkpointing_func": partial(calls, layer)}
-            stack.enter_context(overridden(layer, function))
-        yield
-    calls.finish()
 
-
-class _Calls:
-    """The calls of the checkpointed layers in one training forward."""
-
-    def __init__(self, held: HeldRows) -> None:
+    def __init__(self, held: HeldRows | None) -> None:
         self._held, self._count = held, 0
+        self._overridden = ExitStack()
 
-    def __call__(self, layer: nn.Module, function: partial[Tensor], *args: Any) -> Tensor:
+    def __enter__(self) -> Replay:
+        layers = [] if self._held is None else self._held.layers
+        for layer in dict.fromkeys(layers):
+            function = {"_gradient_checkpointing_func": partial(self._call, layer)}
+            self._overridden.enter_context(overridden(layer, function))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        self.cancel()
+        if kind is None and self._held is not None and self._count != len(self._held.layers):
+            refuse(
+                "checkpointed layers",
+                f"called as often as in the scoring forward ({len(self._held.layers)} times)",
+                self._count, _OTHERWISE,
+            )  # fmt: skip
+
+    def cancel(self) -> None:
+        """Give the layers back, whatever was forwarded."""
+        self._overridden.close()
+
+    def _call(self, layer: nn.Module, function: partial[Tensor], *args: Any) -> Tensor:
         """Stand in for ``checkpoint(function, *args)``."""
         held, count = self._held, self._count
+        assert held is not None
         if count >= len(held.layers) or held.layers[count] is not layer:
-            _refuse("called in the order of the scoring forward", f"{type(layer).__name__} {count}")
+            refuse(
+                "checkpointed layers", "called in the order of the scoring forward",
+                f"{type(layer).__name__} as number {count + 1} of {len(held.layers)}", _OTHERWISE,
+            )  # fmt: skip
         for name, value in function.keywords.items():
             if isinstance(value, Tensor) and value.requires_grad:
-                _refuse("given what needs gradients by position", f"the keyword {name}")
+                refuse(
+                    "checkpointed layers", "given what needs gradients by position",
+                    f"the keyword {name}", "Set it to False for this model.",
+                )  # fmt: skip
         self._count += 1
         value, held.values[count] = held.values[count], None  # the graph keeps it from here on
         call = _Call(layer, function, value, held)
         return _Recomputed.apply(call, len(args), *args, *call.parameters())
-
-    def finish(self) -> None:
-        if self._count != len(self._held.layers):
-            _refuse(
-                f"called as often as in the scoring forward ({len(self._held.layers)} times)",
-                self._count,
-            )
 
 
 class _Call:
@@ -156,11 +181,11 @@ class _Call:
         error = float((before - now).norm() / before.norm())
         allowed = _TOLERANCE if value.dtype in (torch.float32, torch.float64) else 10 * _TOLERANCE
         if error > allowed:
-            raise ValueError(
-                "OnlineSelection: layers must give the rows that train what they gave them among "
-                f"all candidates with reuse_forward, got outputs of {type(self.layer).__name__} "
-                f"that are {error:.1%} apart. The layer depends on the rest of the batch or on "
-                "chance: set reuse_forward=False."
+            refuse(
+                "layers",
+                "such that the rows that train come out as among all candidates",
+                f"outputs of {type(self.layer).__name__} that are {error:.1%} apart",
+                "The layer depends on the rest of the batch or on chance: set it to False.",
             )
 
 
@@ -194,10 +219,3 @@ class _Recomputed(torch.autograd.Function):
         for i, value in zip(wanted, found, strict=True):
             gradients[i] = value
         return None, None, *gradients
-
-
-def _refuse(rule: str, got: object) -> None:
-    raise ValueError(
-        f"OnlineSelection: checkpointed layers must be {rule} with reuse_forward, got {got}. "
-        "Set reuse_forward=False for this model."
-    )

@@ -27,18 +27,25 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onlinesel.batch import rows_in, token_width
 from onlinesel.callbacks import _attach
-from onlinesel.callbacks._replay import HeldRows
+from onlinesel.callbacks._replay import HELD, SCORER, HeldRows, check_limit, refuse
 from onlinesel.distributed import rank
 from onlinesel.types import Scorer
 
-__all__ = ["HELD", "SOURCE", "ReusedForward", "reused_forward"]
+__all__ = ["SOURCE", "ReusedForward", "reuse_in_trainer"]
 
 SOURCE = "onlinesel_source"
 """Batch key of the numbers of the tokens, ``(N, T)`` int64; 0 for padding that came later."""
 
-HELD = "onlinesel_held"
-"""Batch key of the :class:`HeldRows` of a micro-batch that trains."""
-
+_CHECKPOINTING = (
+    "Only layers that are recomputed in the backward can take the scoring forward as their own. "
+    "Without it, selecting costs the same already."
+)
+_COMPILED = "Hooks on layers do not act in compiled graphs."
+_ZERO3 = (
+    "DeepSpeed's ZeRO stage", "at most 2", 3,
+    "It gathers what a module needs when the module is called, which ranks that have rows of other "
+    "ranks to forward do more often. Use FSDP2 or stage 2.",
+)  # fmt: skip
 _RANK_BITS = 40  # a token's number has its rank above them, since rows may change ranks
 
 Batch = dict[str, Any]
@@ -65,13 +72,17 @@ class ReusedForward:
     Args:
         model: The transformers model, without the wrappers of data parallelism. Which of its layers
             are checkpointed is read at each step.
-        limit: Bytes that this rank may hold of a step, or None for no bound. Micro-batches that do
+        limit: GiB that this rank may hold of a step, or None for no bound. Micro-batches that do
             not fit are forwarded twice.
 
+    Raises:
+        ValueError: A row's scoring forward is not its training forward in this model.
     """
 
-    def __init__(self, model: nn.Module, limit: int | None = None) -> None:
-        self._model, self._limit = model, limit
+    def __init__(self, model: nn.Module, limit: float | None = None) -> None:
+        _check_model(model)
+        self._model = model
+        self._limit = None if limit is None else limit * 2**30
         self.start()
 
     def start(self) -> None:
@@ -91,17 +102,20 @@ class ReusedForward:
         self._bytes = 0
         first = (rank() + 1) << _RANK_BITS
         for batch in batches:
-            size, width = rows_in(batch, "OnlineSelection"), token_width(batch)
+            size, width = rows_in(batch, "reuse_forward"), token_width(batch)
             if width is None:
-                raise ValueError(
-                    "OnlineSelection: batches must have tokens with reuse_forward, got "
-                    f"{sorted(batch)}. Set reuse_forward=False."
-                )
+                refuse("batches", "made of tokens", sorted(batch), "Set it to False.")
+            assert width is not None
             device = next(v.device for v in batch.values() if isinstance(v, Tensor) and v.dim())
             source = torch.arange(first, first + size * width, device=device).view(size, width)
             batch[SOURCE] = source
             self._candidates.append(_Candidates(source, first, []))
             first += size * width
+
+    @staticmethod
+    def without_marks(batch: Mapping[str, Any]) -> Batch:
+        """Return a candidate micro-batch as the model takes it."""
+        return {name: value for name, value in batch.items() if name != SOURCE}
 
     @contextmanager
     def scoring(self, batch: Mapping[str, Any]) -> Iterator[None]:
@@ -132,17 +146,18 @@ class ReusedForward:
 
     def _layers(self) -> list[nn.Module]:
         """Return the layers that are checkpointed; which ones, the trainer says when it begins."""
-        layers = [
+        layers: list[nn.Module] = [
             module for module in self._model.modules()
             if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
         ]  # fmt: skip
+        if not layers:
+            refuse("gradient checkpointing", "on", False, _CHECKPOINTING)
         for layer in layers if self._audit else ():
             if any(isinstance(part, FSDPModule) for part in list(layer.modules())[1:]):
-                raise ValueError(
-                    "OnlineSelection: FSDP must shard whole layers with reuse_forward, got parts "
-                    f"of {type(layer).__name__}. Ranks that have rows of other ranks to forward "
-                    "would gather them more often: shard layers, or set reuse_forward=False."
-                )
+                refuse(
+                    "FSDP", "one that shards whole layers", f"parts of {type(layer).__name__}",
+                    "Ranks that have rows of other ranks to forward would gather them more often.",
+                )  # fmt: skip
         return layers
 
     def keep(self, batches: Sequence[Batch]) -> dict[str, float]:
@@ -228,17 +243,17 @@ def _check_call(layer: nn.Module, inputs: tuple[Any, ...], output: Any, source: 
     elif output.dim() != 3 or output.shape[:2] != source.shape:
         got = f"{type(layer).__name__} that gives {tuple(output.shape)} for {tuple(source.shape)}"
     if got is not None:
-        raise ValueError(
-            "OnlineSelection: checkpointed layers must take tensors and plain values and give one "
-            f"hidden state a token with reuse_forward, got {got}. What else they pass on cannot be "
-            "cut down to the rows that train: set reuse_forward=False."
-        )
+        refuse(
+            "checkpointed layers",
+            "such that they take tensors and plain values and give one hidden state a token", got,
+            "What else they pass on cannot be cut down to the rows that train: set it to False.",
+        )  # fmt: skip
 
 
-def reused_forward(
+def reuse_in_trainer(
     trainer: Any, wanted: bool, limit: float | None, *, shadow: bool, scorer: Scorer | None
 ) -> ReusedForward | None:
-    """Return what reuses the scoring forward of a trainer, None where it is not wanted.
+    """Return what reuses the scoring forward of transformers' Trainer, None if not wanted.
 
     Args:
         trainer: The trainer.
@@ -250,51 +265,45 @@ def reused_forward(
     Raises:
         ValueError: The scoring forward is not the training forward here.
     """
-    if limit is not None and not (wanted and limit > 0):
-        _attach.refuse(
-            "reuse_limit", "positive, and None without reuse_forward", repr(limit),
-            "It bounds the GiB of layer outputs that reuse_forward holds.",
-        )  # fmt: skip
+    check_limit(wanted, limit)
     if not wanted:
         return None
-    _check_trainer(trainer, shadow, scorer)
-    return ReusedForward(trainer.model, None if limit is None else int(limit * 2**30))
-
-
-def _check_trainer(trainer: Any, shadow: bool, scorer: Scorer | None) -> None:
-    """Refuse trainers in which a row's scoring forward is not its training forward."""
-    args, model = trainer.args, trainer.model
-    chance, router = _chance(model), getattr(model.config, "output_router_logits", False)
-    layers = any(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
-    noise = getattr(args, "neftune_noise_alpha", None)
-    state = trainer.accelerator.state
-    shards = getattr(getattr(state, "fsdp_plugin", None), "fsdp_version", 2)
+    args, noise = trainer.args, getattr(trainer.args, "neftune_noise_alpha", None)
+    fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     for bad, argument, rule, got, remedy in (
-        (not args.gradient_checkpointing, "gradient_checkpointing", "on for reuse_forward", False,
-         "Set it in the trainer's arguments: only layers that are recomputed in the backward can "
-         "take the scoring forward as their own. Without it, selecting costs the same already."),
-        (not layers, "model", "made of transformers' checkpointing layers for reuse_forward",
-         type(model).__name__, "Set reuse_forward=False."),
-        (chance is not None, "model", "without dropout, noise and batch statistics for "
-         "reuse_forward", chance, "A row would not be the same among other rows. Set it to 0."),
-        (noise is not None, "neftune_noise_alpha", "None for reuse_forward", noise,
+        (not args.gradient_checkpointing, "gradient_checkpointing", "on", False, _CHECKPOINTING),
+        (noise is not None, "neftune_noise_alpha", "None", noise,
          "The scored embeddings have no noise."),
-        (router, "output_router_logits", "off for reuse_forward", True,
-         "The router's loss needs routers that run in the training forward."),
-        (_attach.is_zero3(trainer), "DeepSpeed's ZeRO stage", "at most 2 for reuse_forward", 3,
-         "It gathers what a module needs when the module is called, which ranks that have rows of "
-         "other ranks to forward do more often. Use FSDP2 or stage 2."),
-        (shards == 1, "fsdp_version", "2 for reuse_forward", 1, "Set it in the FSDP settings."),
-        (args.torch_compile, "torch_compile", "off for reuse_forward", True,
-         "Hooks on layers do not act in compiled graphs."),
-        (getattr(args, "activation_offloading", False), "activation_offloading",
-         "off for reuse_forward", True, "Bound what is held by reuse_limit."),
-        (shadow, "shadow", "off for reuse_forward", True, "Nothing would be reused."),
-        (scorer is not None, "scorer", "None for reuse_forward", type(scorer).__name__,
-         "Only the default scorer is known to forward each batch as in training."),
+        (getattr(fsdp, "fsdp_version", 2) == 1, "fsdp_version", "2", 1,
+         "Set it in the FSDP settings."),
+        (_attach.is_zero3(trainer), *_ZERO3),
+        (args.torch_compile, "torch_compile", "off", True, _COMPILED),
+        (getattr(args, "activation_offloading", False), "activation_offloading", "off", True,
+         "Bound what is held by reuse_limit."),
+        (shadow, "shadow", "off", True, "Nothing would be reused."),
+        (scorer is not None, "scorer", "None", type(scorer).__name__, SCORER),
     ):  # fmt: skip
         if bad:
-            _attach.refuse(argument, rule, got, remedy)
+            refuse(argument, rule, got, remedy)
+    return ReusedForward(trainer.model, limit)
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse models in which a row's scoring forward is not its training forward."""
+    chance, name = _chance(model), type(model).__name__
+    router = getattr(getattr(model, "config", None), "output_router_logits", False)
+    layers = any(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+    for bad, argument, rule, got, remedy in (
+        (any(hasattr(p, "ds_id") for p in model.parameters()), *_ZERO3),
+        (not layers, "model", "made of transformers' checkpointing layers", name,
+         "Set it to False."),
+        (chance is not None, "model", "without dropout, noise and batch statistics", chance,
+         "A row would not be the same among other rows. Set it to 0."),
+        (router, "output_router_logits", "off", True,
+         "The router's loss needs routers that run in the training forward."),
+    ):  # fmt: skip
+        if bad:
+            refuse(argument, rule, got, remedy)
 
 
 def _chance(model: nn.Module) -> str | None:

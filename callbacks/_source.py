@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from onlinesel.agreement import check_settings
 from onlinesel.batch import count_labels, is_causal
 from onlinesel.callbacks._meter import StepMeter
+from onlinesel.callbacks._replay import HELD, SCORER, HeldRows, Replay, check_limit
+from onlinesel.callbacks._replay import refuse as refuse_reuse
 from onlinesel.distributed import gather_signals, rank, world_size
 from onlinesel.loader import CandidateLoader, Candidates
 from onlinesel.report.runlog import RunLog
@@ -23,6 +26,9 @@ from onlinesel.selector import Selector
 from onlinesel.step import SCOPES, StepPlan, StepPlanner
 from onlinesel.types import Signals, Strategy
 from onlinesel.weights import Weighing
+
+if TYPE_CHECKING:
+    from onlinesel.callbacks._reuse import ReusedForward
 
 __all__ = ["MicroBatch", "Score", "StepSource"]
 
@@ -49,6 +55,12 @@ class MicroBatch:
         self.batch, self.ids, self.weights, self.last = batch, ids, weights, last
         self.used = False
         self.value: Tensor | None = None
+        self._held: HeldRows | None = None
+
+    def training(self) -> Replay:
+        """Return what its one training forward must run in."""
+        held, self._held = self._held, None
+        return Replay(held)
 
     def loss(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return this micro-batch's part of the step's loss: call ``backward()`` on it.
@@ -92,7 +104,14 @@ class StepSource:
         order: Any,
         reference: nn.Module | str | None,
         record: str | Path | RunLog | None,
+        reuse_forward: bool,
+        reuse_limit: float | None,
     ) -> None:
+        check_limit(reuse_forward, reuse_limit)
+        if reuse_forward and score is not None:
+            refuse_reuse("score", "None", type(score).__name__, SCORER)
+        self._reuse_wanted, self._reuse_limit = reuse_forward, reuse_limit
+        self._reuse: ReusedForward | None = None
         self.owner = owner
         self.selector = (
             strategy if isinstance(strategy, Selector) else Selector(strategy, seed=seed)
@@ -174,6 +193,10 @@ class StepSource:
         self._core = unwrap(model) if core is None else core
         self._call = call or (lambda function, model: function(model))
         self._check_scorer()
+        if self._reuse_wanted:
+            from onlinesel.callbacks._reuse import ReusedForward  # needs transformers
+
+            self._reuse = ReusedForward(self._core, self._reuse_limit)
         config = getattr(self._core, "config", None)
         pad_id = getattr(config, "pad_token_id", None) or 0
         self.reader = CandidateLoader(
@@ -217,8 +240,13 @@ class StepSource:
     def _signals(self, batch: dict[str, Any], needs: Sequence[str]) -> Signals:
         scorer = self._default
         if scorer is not None:
+            around: AbstractContextManager[None] = nullcontext()
+            if self._reuse is not None:
+                around = self._reuse.scoring(batch)
+                batch = self._reuse.without_marks(batch)
             return self._call(
-                lambda model: scorer(model, batch, core=self._core, needs=needs), self._model
+                lambda model: scorer(model, batch, core=self._core, needs=needs, around=around),
+                self._model,
             )
         score, rebuilt = self._score, self._rebuild(batch)
         assert score is not None
@@ -242,8 +270,12 @@ class StepSource:
         self._rebuild, self._before = window[0].rebuild, self.selector.state_dict()
         batches = [self._moved(part.columns) for part in window]
         groups = None if window[0].groups is None else [_present(part.groups) for part in window]
+        if self._reuse is not None:
+            self._reuse.mark(batches)
         plan = self._planner.plan(batches, [part.ids for part in window], step, groups)
         self.meter.decided(plan)
+        if self._reuse is not None:
+            self.meter.note(**self._reuse.keep(plan.batches))
         self._seen, self.open = [], True
         return plan
 
@@ -270,7 +302,9 @@ class StepSource:
         """
         last, micro_batches = len(plan.batches) - 1, []
         for m, batch in enumerate(plan.batches):
+            held = batch.pop(HELD, None)
             micro = MicroBatch(self._rebuild(batch), plan.ids[m], plan.weights[m], m == last)
+            micro._held = held
             # Not by the micro-batch itself, which a cycle would keep alive with all its rows.
             seen = partial(self._note, weakref.ref(micro), plan.ids[m], plan.weights[m])
             micro.weighing = plan.weighing(m, factor, seen)

@@ -29,7 +29,7 @@ from onlinesel.callbacks._hf_state import resume_run, save_run
 from onlinesel.callbacks._loss import WEIGHTS, LossTap, put_weights, tapped_loss
 from onlinesel.callbacks._meter import StepMeter
 from onlinesel.callbacks._observed import TrainedLosses
-from onlinesel.callbacks._replay import replaying
+from onlinesel.callbacks._replay import HELD, Replay
 from onlinesel.distributed import gather_signals
 from onlinesel.mixing import Mixture
 from onlinesel.report.runlog import RunLog
@@ -42,7 +42,7 @@ from onlinesel.types import Scorer, Signals, Strategy
 try:
     from transformers import TrainerCallback
 
-    from onlinesel.callbacks._reuse import HELD, SOURCE, reused_forward
+    from onlinesel.callbacks._reuse import reuse_in_trainer
 except ImportError as error:
     raise ImportError(
         'onlinesel.callbacks.hf needs transformers: pip install "onlinesel[hf]".'
@@ -157,7 +157,7 @@ class OnlineSelection(TrainerCallback):
             reference=reference,
             groups=groups,
         )
-        self._reuse = reused_forward(
+        self._reuse = reuse_in_trainer(
             trainer, reuse_forward, reuse_limit, shadow=shadow, scorer=scorer
         )
         self.trainer, self.candidates, self.scope = trainer, candidates, scope
@@ -261,7 +261,7 @@ class OnlineSelection(TrainerCallback):
         trainer, held = self.trainer, nullcontext()
         if self._reuse is not None:
             held = self._reuse.scoring(batch)
-            batch = {name: value for name, value in batch.items() if name != SOURCE}
+            batch = self._reuse.without_marks(batch)
         with trainer.compute_loss_context_manager():
             if isinstance(self._scorer, CausalLMScorer):
                 return self._scorer(
@@ -276,13 +276,13 @@ class OnlineSelection(TrainerCallback):
         """Let the trainer compute its own loss, with this micro-batch's weights in it."""
         multipliers, held = inputs.pop(WEIGHTS, None), inputs.pop(HELD, None)
         if multipliers is None:
-            with replaying(held):
+            with Replay(held):
                 return self._call["compute_loss"](model, inputs, *args, **kwargs)
         core = self.trainer.accelerator.unwrap_model(model)
         core = core.get_base_model() if hasattr(core, "get_base_model") else core
         tap = LossTap(multipliers)
         fused = _attach.is_sft(self.trainer)
-        with replaying(held), tapped_loss(core, tap, fused=fused):
+        with Replay(held), tapped_loss(core, tap, fused=fused):
             result = self._call["compute_loss"](model, inputs, *args, **kwargs)
         if self._observing:
             assert tap.row_loss is not None

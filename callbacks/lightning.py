@@ -14,7 +14,6 @@ Row weights reach the loss through :func:`onlinesel.weighted_mean` in ``training
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,13 +31,15 @@ from onlinesel.callbacks._lightning_run import (
     gradient_factor,
     move_progress,
     needs_weighted_mean,
+    through_strategy,
 )
+from onlinesel.callbacks._replay import Replay
 from onlinesel.callbacks._source import MicroBatch, Score, StepSource
 from onlinesel.columns import as_columns
 from onlinesel.distributed import rank
 from onlinesel.loader import CandidateLoader, Candidates
 from onlinesel.report.runlog import RunLog
-from onlinesel.scoring import evaluating, unwrap
+from onlinesel.scoring import unwrap
 from onlinesel.selector import Selector
 from onlinesel.types import Strategy
 from onlinesel.weights import hand_over
@@ -51,8 +52,6 @@ except ImportError as error:
     ) from error
 
 __all__ = ["OnlineSelection"]
-
-_SCORING = "_onlinesel_scoring"
 
 
 class OnlineSelection(Callback):
@@ -83,6 +82,9 @@ class OnlineSelection(Callback):
         reference: RHO-Loss's reference: a model or ``"adapter"``.
         record: Folder in which every decision is written down for ``onlinesel report``, with the
             held-out loss that the module logs as ``val_loss``.
+        reuse_forward: Let the scoring forward be the training forward as well, for transformers'
+            models with gradient checkpointing: see the Trainer's ``OnlineSelection``.
+        reuse_limit: GiB of layer outputs that may be held for it on each rank, or None.
 
     Attributes:
         step: Optimizer steps so far.
@@ -133,11 +135,14 @@ class OnlineSelection(Callback):
         order: Any = None,
         reference: nn.Module | str | None = None,
         record: str | Path | RunLog | None = None,
+        reuse_forward: bool = False,
+        reuse_limit: float | None = None,
     ) -> None:
         self._make = partial(
             StepSource, "OnlineSelection", strategy, candidates=candidates, scope=scope,
             normalize=normalize, seed=seed, score=score, ids=ids, groups=groups, order=order,
-            reference=reference, record=record,
+            reference=reference, record=record, reuse_forward=reuse_forward,
+            reuse_limit=reuse_limit,
         )  # fmt: skip
         self._source = self._make()
         self._score, self._order, self._accumulate = score, order, accumulate
@@ -145,11 +150,13 @@ class OnlineSelection(Callback):
         self._trainer: Any = None
         self._stream: data.Stream | None = None
         self._before: list[tuple[Any, dict[str, Any]]] = []
+        self._replay = Replay(None)
         self._forget()
 
     def _forget(self) -> None:
         """Drop what belongs to a step or a fit that is over."""
         hand_over(None)
+        self._replay.cancel()
         self._micro: MicroBatch | None = None
         self._loaded: dict[str, Any] | None = None
         self._strict = False
@@ -256,27 +263,13 @@ class OnlineSelection(Callback):
         model = module if language is None or self._score is not None else language
         reader = self._source.attach(
             loader, model, accumulate=self._window_size, device=trainer.strategy.root_device,
-            call=self._through_strategy, core=module if language is None else unwrap(language),
+            call=partial(through_strategy, trainer),
+            core=module if language is None else unwrap(language),
         )  # fmt: skip
         if before is not None:  # a second fit of one trainer begins another epoch
             reader.load_state_dict(before.reader.state_dict())
             reader.end_epoch()
         return reader
-
-    def _through_strategy(self, function: Callable[[Any], Any], model: nn.Module) -> Any:
-        """Call a function of the model inside the forward of whatever wraps the module."""
-        strategy, module = self._trainer.strategy, self._trainer.lightning_module
-        with strategy.precision_plugin.val_step_context():
-            if strategy.model is module:
-                return function(model)
-            found: list[Any] = []
-
-            def scoring(_: int) -> None:  # wrappers look into what a forward returns
-                found.append(function(model))
-
-            with evaluating(strategy.model), _attach.overridden(module, {_SCORING: scoring}):
-                strategy._forward_redirection(strategy.model, module, _SCORING, 0)
-            return found[0]
 
     def _decided(self, token: data.Token, prepare: Any, move: Any) -> Any:
         """Return the batch that trains in a token's place, deciding its step if it is the first."""
@@ -311,6 +304,8 @@ class OnlineSelection(Callback):
         """Hand this micro-batch's weights to ``onlinesel.weighted_mean``."""
         if self._micro is not None:
             hand_over(self._micro.weighing)
+            self._replay = self._micro.training()
+            self._replay.__enter__()
             engine = engine_of(trainer)
             if engine is not None:  # it would miss a shorter step at the epoch's end
                 engine.set_gradient_accumulation_boundary(self._micro.last)
@@ -323,6 +318,7 @@ class OnlineSelection(Callback):
         micro = self._micro
         if micro is None:
             return
+        self._replay.__exit__(None)
         trained = outputs or not pl_module.automatic_optimization
         if self._strict and trained and not micro.used:
             data.refuse(

@@ -49,7 +49,8 @@ class Step:
             # DeepSpeed counts micro-batches by itself and would miss a shorter step at the end.
             if hasattr(self._engine, "set_gradient_accumulation_boundary"):
                 self._engine.set_gradient_accumulation_boundary(micro.last)
-            yield micro
+            with micro.training():
+                yield micro
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -89,6 +90,10 @@ class Steps:
             :class:`onlinesel.mixing.DomainSampler`.
         reference: RHO-Loss's reference: a model or ``"adapter"``.
         record: Folder in which every decision is written down for ``onlinesel report``.
+        reuse_forward: Let the scoring forward be the training forward as well, for transformers'
+            models with gradient checkpointing: see the Trainer's ``OnlineSelection``. Each
+            micro-batch is then forwarded once, inside the loop over the step.
+        reuse_limit: GiB of layer outputs that may be held for it on each rank, or None.
         gradient_factor: What the engine divides gradients by, which the losses are multiplied by
             in advance. None finds it: the number of ranks for DDP and FSDP, times the engine's own
             accumulation for DeepSpeed. ``Accelerator`` divides by its own
@@ -137,6 +142,8 @@ class Steps:
         order: Any = None,
         reference: nn.Module | str | None = None,
         record: str | Path | RunLog | None = None,
+        reuse_forward: bool = False,
+        reuse_limit: float | None = None,
         gradient_factor: float | None = None,
     ) -> None:
         if type(accumulate) is not int or accumulate < 1:
@@ -147,6 +154,7 @@ class Steps:
         self._source = StepSource(
             "steps", strategy, candidates=candidates, scope=scope, normalize=normalize, seed=seed,
             score=score, ids=ids, groups=groups, order=order, reference=reference, record=record,
+            reuse_forward=reuse_forward, reuse_limit=reuse_limit,
         )  # fmt: skip
         self._model = model
         self._factor = _factor_of(model) if gradient_factor is None else gradient_factor

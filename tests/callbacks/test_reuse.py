@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from onlinesel import When
-from onlinesel.callbacks._replay import HeldRows, replaying
+from onlinesel.callbacks._replay import HeldRows, Replay
 from onlinesel.strategies import UDS, LossReweight, RHOLoss, TopLoss, Uniform
 from tests.callbacks.hosts import (
     attach,
@@ -274,7 +274,7 @@ def test_rows_to_forward_are_taken_from_what_has_rows(tokens: int) -> None:
     layer._gradient_checkpointing_func = None  # type: ignore[assignment]
     known = torch.tensor([False, True, False])[:, None].expand(3, tokens)
     rows = HeldRows([layer], [held], known, torch.tensor([0, 2]), audit=True)
-    with replaying(rows):
+    with Replay(rows):
         given = layer._gradient_checkpointing_func(function, states)  # type: ignore[misc]
     assert torch.allclose(given, whole)
     wanted = torch.autograd.grad(whole.square().sum(), list(layer.parameters()))
