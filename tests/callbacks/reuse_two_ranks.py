@@ -12,9 +12,11 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
+import onlinesel
 from onlinesel.strategies import UDS, LossReweight, TopLoss
-from tests.callbacks import engines
-from tests.callbacks.hosts import make_sft_trainer
+from tests.callbacks import engines, loop_two_ranks
+from tests.callbacks.hosts import make_model, make_sft_trainer
+from tests.callbacks.loop_hosts import make_loader, sgd, train
 from tests.callbacks.two_ranks import KeepIds, run
 from tests.launching import leave
 
@@ -68,6 +70,18 @@ def counted(folder: Path, name: str, options: dict[str, Any]) -> Any:
     return trainer
 
 
+def loop(folder: Path, engine: str) -> None:
+    """One step of two micro-batches in a plain loop."""
+    model = make_model().train()
+    model.activation_checkpointing_enable()
+    model = loop_two_ranks.wrap(engine, model)
+    options = {"candidates": 3, "accumulate": 2, "reuse_forward": True}
+    steps = onlinesel.steps(make_loader(), model, TopLoss(), **options)
+    torch.save(loop_two_ranks.whole(model), folder / f"{engine}-loop-before.pt")
+    (done,) = train(steps, model, sgd(model), stop=1)
+    loop_two_ranks.save(folder, f"{engine}-loop", done, model)
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -84,4 +98,6 @@ if __name__ == "__main__":
             engines.assert_engine(trainer, engine)
             if dist.get_rank() == 0:
                 print("done", engine, name, flush=True)
+    for engine in ("ddp", "fsdp2"):
+        loop(folder, engine)
     leave()

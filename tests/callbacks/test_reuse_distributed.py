@@ -68,6 +68,20 @@ def test_two_processes_apply_the_gradient_of_one(folder: Path, engine: str, name
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_loop_on_two_processes_applies_the_gradient_of_one(folder: Path, engine: str) -> None:
+    steps = [json.loads((folder / f"{engine}-loop-{rank}.json").read_text()) for rank in (0, 1)]
+    rows = [i for step in steps for i in sum(step["ids"], [])]
+    assert len(set(rows)) == 8
+    model, before = make_model(), torch.load(folder / f"{engine}-loop-before.pt")
+    model.load_state_dict(before)
+    gradient, _ = reference_gradient(model, make_rows(), rows, [1.0] * 8, "tokens")
+    for rank in (0, 1):
+        after = torch.load(folder / f"{engine}-loop-{rank}.pt")
+        assert relative_error(before, after, gradient) < 1e-6
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_rows_that_changed_ranks_are_forwarded_again_and_no_others(
     folder: Path, engine: str
