@@ -153,7 +153,8 @@ class StepMeter(Meter):
 
         ``score_share`` is the part of a step spent on choosing. ``break_even`` is the share of the
         optimizer steps of uniform training that the method may need at most before it costs more
-        time than it saves.
+        time than it saves. Where the scoring forward is reused, both count a forward as choosing
+        that uniform training would do as well, and so make choosing look dearer than it is.
         """
         result = self._means.drain()
         if "step_seconds" not in result:

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with online selection: TRL's SFT script, and five flags more.
+"""Supervised fine-tuning with online selection: TRL's SFT script, and some flags more.
 
     onlinesel sft --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name trl-lib/Capybara \\
         --strategy UDS --candidates 4 --record runs/uds --output_dir out/uds
@@ -95,6 +95,16 @@ class SelectionArguments:
     shadow: bool = field(
         default=False, metadata={"help": "Score and log, but train as without selection."}
     )
+    reuse_forward: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the scoring forward be the training forward as well; needs "
+            "--gradient_checkpointing, which is TRL's default, and a model without dropout."
+        },
+    )
+    reuse_limit: float | None = field(
+        default=None, metadata={"help": "GiB that --reuse_forward may hold on each process."}
+    )
     record: str | None = field(
         default=None, metadata={"help": "Folder for the record that `onlinesel report` reads."}
     )
@@ -166,6 +176,8 @@ def make_trainer(
             shadow=selection.shadow,
             reference=_reference(selection, strategy, trainer, model),
             record=selection.record,
+            reuse_forward=selection.reuse_forward,
+            reuse_limit=selection.reuse_limit,
         )
     )
     if selection.record is not None and trainer.is_world_process_zero():

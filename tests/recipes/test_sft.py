@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("trl")
 
@@ -251,3 +252,21 @@ def test_a_column_of_reference_losses_and_names_of_sources(model: Path, tmp_path
     trained = [i for c in run.choices for i, w in zip(c.ids, c.weights, strict=True) if w]
     assert len(trained) == 6 and all(run.rows[i].text.startswith(f"row {i} ") for i in trained)
     assert {run.rows[i].source for i in trained} == {"s0"}
+
+
+@pytest.mark.slow
+def test_reused_forwards_train_the_same_model_and_dropout_is_refused(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heads = []
+    for reuse in (False, True):
+        flags = {"dataset_name": data, "strategy": "TopLoss", "reuse_forward": reuse}
+        folder = tmp_path / str(reuse)
+        capsys.readouterr()
+        assert main(arguments(model, folder, learning_rate=0.01, **flags)) == 0
+        assert ("selection/reused_share': '1'" in capsys.readouterr().out) == reuse
+        heads.append(LlamaForCausalLM.from_pretrained(folder / "out").lm_head.weight)
+    assert torch.allclose(*heads, atol=1e-5)
+    flags = {"dataset_name": data, "reuse_forward": True, "use_peft": True}
+    assert main(arguments(model, tmp_path, **flags)) == 2
+    assert "reuse_forward: model must be without dropout" in capsys.readouterr().err
