@@ -297,8 +297,9 @@ def _check_model(model: nn.Module) -> None:
         (any(hasattr(p, "ds_id") for p in model.parameters()), *_ZERO3),
         (not layers, "model", "made of transformers' checkpointing layers", name,
          "Set it to False."),
-        (chance is not None, "model", "without dropout, noise and batch statistics", chance,
-         "A row would not be the same among other rows. Set it to 0."),
+        (chance is not None, "model",
+         "without dropout, noise, batch statistics and rotations that follow the batch's width",
+         chance, "A row would not be the same among other rows. Set a rate to 0."),
         (router, "output_router_logits", "off", True,
          "The router's loss needs routers that run in the training forward."),
     ):  # fmt: skip
@@ -311,6 +312,9 @@ def _chance(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             return f"{type(module).__name__} {name}"
+        rotation = str(getattr(module, "rope_type", ""))
+        if "dynamic" in rotation or "longrope" in rotation:
+            return f"{name} of type {rotation}"
         rates = {k: v for k, v in vars(module).items() if isinstance(v, float) and v > 0}
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             return f"{name} with p={module.p}"

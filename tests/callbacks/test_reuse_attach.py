@@ -24,6 +24,9 @@ from onlinesel.strategies import TopLoss
 from tests.callbacks.hosts import attach, make_model, make_sft_trainer, make_trainer
 
 
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+
+
 def lora_with_dropout() -> Any:
     return get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"], lora_dropout=0.05))
 
@@ -58,7 +61,12 @@ def scorer(model: Any, batch: Any) -> Signals:
             r"got .*self_attn.attention_dropout=0.1",
         ),
         ({"model": lora_with_dropout()}, {}, r"got .*lora_dropout.default with p=0.05"),
-        ({"model": normalised()}, {}, "without dropout, noise and batch statistics, got BatchNorm1d"),
+        (
+            {"model": normalised()},
+            {},
+            "batch statistics and rotations .*, got BatchNorm1d",
+        ),
+        ({"model": make_model(rope_parameters=DYNAMIC)}, {}, "model.rotary_emb of type dynamic"),
         ({"model": router()}, {}, "output_router_logits must be off, got True"),
         ({"neftune_noise_alpha": 5.0}, {}, "neftune_noise_alpha must be None, got 5.0"),
         ({}, {"shadow": True}, "shadow must be off, got True"),

@@ -98,7 +98,7 @@ def test_a_loop_refuses_what_cannot_be_reused() -> None:
     steps = onlinesel.steps(make_loader(), model, TopLoss(), candidates=2, reuse_forward=True)
     with pytest.raises(ValueError, match="gradient checkpointing must be on, got False. Only lay"):
         next(iter(steps))
-    with pytest.raises(ValueError, match="without dropout, noise and batch stat.*, got model.lay"):
+    with pytest.raises(ValueError, match="without dropout, noise, batch stat.*, got model.lay"):
         dropping = make_model(attention_dropout=0.5)
         onlinesel.steps(make_loader(), dropping, TopLoss(), reuse_forward=True)
 
