@@ -7,13 +7,13 @@ its methods. Everything here that communicates is a collective: all ranks call i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["LocalRows", "gathered", "is_sharded", "local_rows", "shared_out", "whole"]
+__all__ = ["LocalRows", "gathered", "held", "is_sharded", "local_rows", "shared_out", "whole"]
 
 
 class LocalRows(NamedTuple):
@@ -72,10 +72,16 @@ def shared_out(module: nn.Module) -> bool:
     return any(is_sharded(p) or hasattr(p, "ds_id") for p in module.parameters())
 
 
-@contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
+def gathered(module: nn.Module) -> AbstractContextManager[None]:
     """Hold a module's ZeRO-3 parameters whole for a while; nothing happens to other parameters."""
-    states = ((p, getattr(p, "ds_status", None)) for p in module.parameters())
+    return held(*module.parameters())
+
+
+@contextmanager
+def held(*tensors: Any) -> Iterator[None]:
+    """Hold those of some tensors that are ZeRO-3 parameters, and taken apart, whole for a while."""
+    # By identity, because DeepSpeed does not take a tied parameter twice.
+    states = ((p, getattr(p, "ds_status", None)) for p in {id(p): p for p in tensors}.values())
     apart: list[Any] = [p for p, state in states if getattr(state, "name", "") == "NOT_AVAILABLE"]
     if apart:
         apart[0].all_gather(param_list=apart)

@@ -7,7 +7,8 @@ of a token, upstream gradients ``g`` and ``e`` reach its logits as
 
     dz_v = g (1[v = y] - p_v) - e p_v (log p_v + H),
 
-divided by the temperature, times the slope of the soft cap and the scale of the head.
+divided by the temperature, times the slope of the soft cap and the scale of the head. A weight that
+ZeRO-3 has taken apart since the forward pass is gathered for the backward pass, by every rank.
 """
 
 from __future__ import annotations
@@ -20,12 +21,22 @@ from torch.autograd.function import once_differentiable
 
 from onlinesel.kernels._backend import choose_backend, logit_state
 from onlinesel.kernels._product import full_precision, keeps_float32, wide_mm
-from onlinesel.kernels._state import FAR, certainty, log_normaliser, state_scores
+from onlinesel.kernels._shards import held
+from onlinesel.kernels._state import (
+    FAR,
+    LogitState,
+    certainty,
+    log_normaliser,
+    merge_states,
+    state_scores,
+)
 from onlinesel.kernels._stream import tile_shape
 from onlinesel.kernels._tokens import put_back, take_tokens
 from onlinesel.kernels.head import LMHead
 
 __all__ = ["policy_logprobs"]
+
+_ROUNDED_ENTRIES = 2**15  # of the weight, whose 16-bit copy is in memory at a time
 
 
 def policy_logprobs(
@@ -38,14 +49,14 @@ def policy_logprobs(
     backend: str = "auto",
     vocab_chunk: int | None = None,
     token_chunk: int | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return log-probability of each label and entropy of each prediction, with gradients.
 
     Gradients reach ``hidden`` and those tensors of the head that require them; the head of
     ``LMHead.from_model`` is detached unless it was read with ``detach=False``. The temperature has
     no gradient, and there is no second derivative. Sums are float32, or float64 when an input is;
-    only the gradient of bfloat16 logits is rounded to bfloat16 before its products on CUDA, as in
-    plain bfloat16 training.
+    on CUDA the gradient of bfloat16 logits is bfloat16, as in plain bfloat16 training.
 
     Args:
         hidden: ``(..., d)`` states that enter the head.
@@ -56,6 +67,8 @@ def policy_logprobs(
         backend: Of the forward pass, see ``token_scores``.
         vocab_chunk: Vocabulary entries in a tile, or None to choose.
         token_chunk: Tokens in a tile, or None to choose.
+        compute_dtype: ``torch.bfloat16`` or ``torch.float16``, to which states and head are rounded
+            for the products alone, as by autocast; None multiplies what is given, in autocast too.
 
     Returns:
         ``log p_y`` and ``-sum_v p_v log p_v`` in nats, each ``(...)`` in the accumulation dtype.
@@ -79,13 +92,28 @@ def policy_logprobs(
         "policy_logprobs", hidden, head, labels, temperature, ignore_index, False, head.vocab_size
     )
     states = tokens.states
-    dtype = torch.promote_types(states.dtype, head.weight.dtype)
+    dtype = _product_dtype(torch.promote_types(states.dtype, head.weight.dtype), compute_dtype)
     chosen = choose_backend("policy_logprobs", backend, states.device, dtype, head.hidden_size)
-    plan = _Plan(head.scale, head.softcap, chosen, vocab_chunk, token_chunk)
+    plan = _Plan(head.scale, head.softcap, chosen, vocab_chunk, token_chunk, compute_dtype)
     logprobs, entropy = _Policy.apply(
         states, head.weight, head.bias, tokens.targets, tokens.inverse, plan
     )
     return put_back(logprobs, tokens), put_back(entropy, tokens)
+
+
+def _product_dtype(given: torch.dtype, compute_dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of the factors, and refuse what autocast would not do either."""
+    if compute_dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(
+            "policy_logprobs: compute_dtype must be torch.bfloat16, torch.float16 or None, got "
+            f"{compute_dtype}. Cast hidden and the head for other dtypes."
+        )
+    if compute_dtype is not None and given == torch.float64:
+        raise ValueError(
+            f"policy_logprobs: compute_dtype must be None for float64 inputs, got {compute_dtype}. "
+            "Pass float32 inputs, or leave it out."
+        )
+    return compute_dtype or given
 
 
 class _Plan(NamedTuple):
@@ -96,6 +124,7 @@ class _Plan(NamedTuple):
     backend: str
     vocab_chunk: int | None
     token_chunk: int | None
+    compute_dtype: torch.dtype | None
 
 
 class _Rows(NamedTuple):
@@ -134,18 +163,16 @@ class _Policy(torch.autograd.Function):
         plan: _Plan,
     ) -> tuple[Tensor, Tensor]:
         head = LMHead(weight, bias, plan.scale, plan.softcap)
+        ctx.dtype, ctx.plan = states.dtype, plan
+        states = states.to(plan.compute_dtype or states.dtype)
         with full_precision(states.device):
-            state = logit_state(
-                states, head, targets, inverse, False, True, plan.backend, plan.vocab_chunk,
-                plan.token_chunk,
-            )  # fmt: skip
+            state = _summary(states, head, targets, inverse, plan)
             scores = state_scores(state, ("nll", "entropy"))
             label, others = certainty(state)
             normaliser = log_normaliser(state)
         ctx.save_for_backward(
             states, weight, bias, targets, inverse, normaliser, label, others, *scores.values()
         )
-        ctx.plan = plan
         ctx.set_materialize_grads(False)
         return -scores["nll"], scores["entropy"]
 
@@ -153,8 +180,9 @@ class _Policy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, of_logprob: Tensor | None, of_entropy: Tensor | None) -> Any:
         states, weight, bias, targets, inverse, normaliser, *rest = ctx.saved_tensors
-        head = LMHead(weight, bias, ctx.plan.scale, ctx.plan.softcap)
-        with full_precision(states.device):
+        # Held by every rank, whether a token of its own is left or not.
+        with held(weight, bias), full_precision(states.device):
+            head = LMHead(weight, bias, ctx.plan.scale, ctx.plan.softcap)
             zeros = torch.zeros_like(normaliser)
             given = zeros if of_logprob is None else of_logprob
             used = given != 0  # true for nan
@@ -174,8 +202,31 @@ class _Policy(torch.autograd.Function):
             narrow, of_weight, of_bias = _gradients(rows, head, wanted, ctx.plan)
             of_states = None
             if narrow is not None:
-                of_states = torch.zeros_like(states).index_copy_(0, kept, narrow.to(states.dtype))
+                of_states = states.new_zeros(states.shape, dtype=ctx.dtype)
+                of_states.index_copy_(0, kept, narrow.to(ctx.dtype))
         return of_states, of_weight, of_bias, None, None, None
+
+
+def _summary(
+    states: Tensor, head: LMHead, targets: Tensor, inverse: Tensor | None, plan: _Plan
+) -> LogitState:
+    """Summarise the logits of (n, d) states, some rows of the weight after the other if cast."""
+
+    def summarise(part: LMHead, start: int) -> LogitState:
+        return logit_state(
+            states, part, targets - start, inverse, False, True, plan.backend, plan.vocab_chunk,
+            plan.token_chunk,
+        )  # fmt: skip
+
+    if plan.compute_dtype in (None, head.weight.dtype):
+        return summarise(head, 0)
+    total = None
+    for start in range(0, head.vocab_size, _ROUNDED_ENTRIES):
+        part = head.part(start, start + _ROUNDED_ENTRIES, plan.compute_dtype)
+        found = summarise(part, start)
+        total = found if total is None else merge_states(total, found)
+    assert total is not None
+    return total
 
 
 def _gradients(
@@ -184,8 +235,10 @@ def _gradients(
     """Return the gradients of the states of these tokens, of the weight and of the bias."""
     weight, bias, dtype = head.weight, head.bias, rows.log_norm.dtype
     width, step = tile_shape(weight.device, head.vocab_size, plan.vocab_chunk, plan.token_chunk)
+    kind = plan.compute_dtype or weight.dtype
+    cast = kind != weight.dtype
     # Where the device multiplies 16-bit factors into float32, nothing is copied.
-    narrow = keeps_float32(rows.states, weight)
+    narrow = keeps_float32(rows.states, weight[:0].to(kind))
     factors = rows.states if narrow else rows.states.to(dtype)
     of_states = torch.zeros_like(factors, dtype=dtype) if wanted[0] else None
     of_weight = torch.zeros_like(weight) if wanted[1] else None
@@ -193,7 +246,8 @@ def _gradients(
     if not any(wanted) or not len(factors):
         return of_states, of_weight, of_bias
     for start in range(0, head.vocab_size, width):
-        part = head.part(start, start + width, weight.dtype if narrow else dtype)
+        part = head.part(start, start + width, kind if cast or narrow else dtype)
+        part = part if narrow else part.part(0, width, dtype)
         sums = torch.zeros_like(part.weight, dtype=dtype) if wanted[1] else None
         bias_sums = torch.zeros(part.vocab_size, dtype=dtype, device=weight.device)
         for first in range(0, len(factors), step):
@@ -201,8 +255,8 @@ def _gradients(
             dz = _tile_gradient(_slice(rows, here), factors[here], part, start)
             if of_bias is not None:
                 bias_sums += dz.sum(0)
-            if narrow and weight.dtype == torch.bfloat16:  # float16 would lose small gradients
-                dz = dz.to(weight.dtype)
+            if narrow and kind == torch.bfloat16:  # float16 would lose small gradients
+                dz = dz.to(kind)
             if of_states is not None:
                 of_states[here] += _multiply(dz, part.weight)
             if sums is not None:

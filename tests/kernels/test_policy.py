@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from onlinesel.kernels import LMHead, policy_logprobs
+from onlinesel.kernels import LMHead, policy, policy_logprobs
+from onlinesel.kernels._shards import held
 from tests.kernels.no_logits import LargestTensor
 
 
@@ -202,6 +204,82 @@ def test_autocast_does_not_reach_the_sums() -> None:
     assert torch.equal(ours[0], before[0]) and torch.equal(found[0], expected[0])
 
 
+@pytest.mark.parametrize("rounded", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_factors_are_rounded_as_autocast_does_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, rounded: torch.dtype, bias: bool
+) -> None:
+    """Float32 weights in 16-bit products: what comes out is exact for the rounded factors."""
+    monkeypatch.setattr(policy, "_ROUNDED_ENTRIES", 64)  # the cast is done in several parts
+    hidden, head, labels = sample(shape=(40,), d=32, v=500, std=6.0, dtype=torch.float32, bias=bias)
+    wide = [leaf.detach().to(rounded).double().requires_grad_() for leaf in leaves(hidden, head)]
+    exact = LMHead(wide[1], wide[2] if bias else None)
+    temperature = torch.linspace(0.5, 2, 40)
+    ours = policy_logprobs(hidden, head, labels, temperature, compute_dtype=rounded, vocab_chunk=90)
+    true = plain(wide[0], exact, labels, temperature.double())
+    for one, two in zip(ours, true, strict=True):
+        assert (one - two).abs().max() <= 3e-5
+    assert (ours[0] - policy_logprobs(hidden, head, labels, temperature)[0]).abs().max() > 1e-3
+    push = torch.linspace(-1, 1, 40)
+    found = torch.autograd.grad(ours, leaves(hidden, head), [push, push.flip(0)])
+    expected = torch.autograd.grad(true, wide, [push.double(), push.flip(0).double()])
+    for one, two in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32  # of the parameter, and not rounded on the way
+        assert (one.double() - two).norm() <= 1e-5 * two.norm()
+
+
+def test_narrow_heads_and_states_may_be_of_two_kinds() -> None:
+    """Under autocast a float32 state meets a bfloat16 head, and the other way round."""
+    hidden, head, labels = sample(shape=(30,), d=16, v=200, dtype=torch.bfloat16, bias=False)
+    both = policy_logprobs(hidden, head, labels)
+    expected = torch.autograd.grad(both[0].sum() + both[1].sum(), leaves(hidden, head))
+    for states, weight in ((hidden.float(), head.weight), (hidden, head.weight.float())):
+        leaf = [states.detach().requires_grad_(), weight.detach().requires_grad_()]
+        mixed = policy_logprobs(leaf[0], LMHead(leaf[1]), labels, compute_dtype=torch.bfloat16)
+        for one, two in zip(mixed, both, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+        found = torch.autograd.grad(mixed[0].sum() + mixed[1].sum(), leaf)
+        for one, two, given in zip(found, expected, leaf, strict=True):
+            assert one.dtype == given.dtype
+            assert (one.float() - two.float()).norm() <= 5e-3 * two.float().norm()
+
+
+class TakenApart:
+    """Stands for DeepSpeed's marks on a parameter that ZeRO-3 has taken apart."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        self.weight, self.whole, self.calls = weight, weight.data, []
+        weight.all_gather = self.all_gather  # type: ignore[attr-defined]
+        weight.partition = self.partition  # type: ignore[attr-defined]
+        self.partition([weight])
+
+    def all_gather(self, param_list: list[Any]) -> None:
+        assert [id(p) for p in param_list] == [id(self.weight)]  # once, tied or not
+        self.calls.append("gather")
+        self.weight.data = self.whole
+        self.weight.ds_status = SimpleNamespace(name="AVAILABLE")  # type: ignore[attr-defined]
+
+    def partition(self, param_list: list[Any]) -> None:
+        self.calls.append("partition")
+        self.weight.data = torch.empty(0, dtype=self.whole.dtype)
+        self.weight.ds_status = SimpleNamespace(name="NOT_AVAILABLE")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("push", [0.0, 1.0])
+def test_a_head_that_was_taken_apart_is_gathered_for_the_backward(push: float) -> None:
+    """By every rank: also by one whose tokens have no gradient."""
+    hidden, head, labels = sample(bias=False)
+    logprobs, _ = policy_logprobs(hidden, head, labels)
+    expected = torch.autograd.grad(logprobs.sum() * push, hidden)
+    weight = torch.nn.Parameter(head.weight.detach().clone())
+    apart = TakenApart(weight)
+    with held(weight, weight):
+        logprobs, _ = policy_logprobs(hidden, LMHead(weight), labels)
+    assert weight.numel() == 0
+    assert torch.equal(torch.autograd.grad(logprobs.sum() * push, hidden)[0], expected[0])
+    assert apart.calls == ["partition", *["gather", "partition"] * 2]
+
+
 def test_the_head_of_a_model_can_keep_its_parameters() -> None:
     class Model(torch.nn.Module):
         def __init__(self) -> None:
@@ -228,6 +306,10 @@ def test_the_head_of_a_model_can_keep_its_parameters() -> None:
     ({"labels": torch.tensor([0, 29, 1])}, ValueError, r"labels must be in \[0, 29\) or ignore"),
     ({"temperature": -1.0}, ValueError, r"temperature must be positive and finite, got -1.0. P"),
     ({"backend": "tile"}, ValueError, r'backend must be "torch" for float64 inputs, got'),
+    ({"compute_dtype": torch.float32}, ValueError,
+     "compute_dtype must be torch.bfloat16, torch.float16 or None, got torch.float32. Cast"),
+    ({"compute_dtype": torch.bfloat16}, ValueError,
+     "compute_dtype must be None for float64 inputs, got torch.bfloat16. Pass float32"),
     ({"backend": "eager"}, ValueError, r"backend must be one of auto, torch, tile, triton, got"),
 ])  # fmt: skip
 def test_errors(change: dict[str, Any], error: type[Exception], text: str) -> None:
