@@ -39,13 +39,16 @@ def refuse(argument: str, rule: str, got: object, remedy: str) -> NoReturn:
     raise ValueError(f"RolloutSelection: {argument} must be {rule}, got {got}. {remedy}")
 
 
-def check(trainer: Any, parts: Mapping[str, Any], outcome: str | None) -> int:
+def check(
+    trainer: Any, parts: Mapping[str, Any], outcome: str | None, fused: object = False
+) -> int:
     """Check everything that can be known before the first step.
 
     Args:
         trainer: What should be a GRPO trainer.
         parts: The callback's parts by the name of their argument.
         outcome: Name of the reward function that says right or wrong.
+        fused: Whether ``policy_logprobs`` stands in for TRL's head.
 
     Returns:
         Which of the trainer's reward functions is the outcome.
@@ -60,10 +63,17 @@ def check(trainer: Any, parts: Mapping[str, Any], outcome: str | None) -> int:
                 f"RolloutSelection: {name} must be of type {kind.__name__}, got {parts[name]!r}. "
                 "See onlinesel.rl for what there is."
             )
+    if not isinstance(fused, bool):
+        raise TypeError(
+            f"RolloutSelection: fused_logprobs must be True or False, got {fused!r}. "
+            "There is one implementation, see onlinesel.kernels.policy_logprobs."
+        )
     _check_trainer(trainer)
     _check_groups(trainer, parts)
     _check_prompts(trainer, parts)
     _check_tokens(trainer, parts)
+    if parts["temperature"] is not None:
+        _check_temperature(trainer, fused)
     return _outcome_of(trainer, parts, outcome)
 
 
@@ -188,30 +198,32 @@ def _check_tokens(trainer: Any, parts: Mapping[str, Any]) -> None:
     ):  # fmt: skip
         if bad:
             refuse(argument, rule, got, remedy)
-    if parts["temperature"] is not None:
-        _check_temperature(trainer)
 
 
-def _check_temperature(trainer: Any) -> None:
+def _check_temperature(trainer: Any, fused: bool) -> None:
     model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else (
         trainer.model
     )  # fmt: skip
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     continuous = trainer.use_transformers_continuous_batching
-    for bad, rule, got in (
-        (trainer.use_vllm, "generation by transformers", "vLLM, whose processors TRL cannot set"),
-        (continuous, "generation by transformers' generate", "continuous batching"),
-        (bool(trainer.tools), "one answer a completion", "tools"),
-        (trainer.rollout_func is not None, "the trainer's own generation", "rollout_func"),
-        (getattr(head, "bias", None) is not None, "a head without bias", "a bias"),
-        (getattr(config, "final_logit_softcapping", None) is not None, "plain logits",
-         "soft-capped ones"),
+    remedies = (
+        "The tokens must be scored at the temperature that sampled them.",
+        "Set fused_logprobs=True, which gives the head the temperature of each token.",
+    )
+    capped = getattr(config, "final_logit_softcapping", None) is not None
+    biased = getattr(head, "bias", None) is not None
+    for bad, rule, got, remedy in (
+        (trainer.use_vllm, "generation by transformers", "vLLM, whose processors TRL cannot set",
+         remedies[0]),
+        (continuous, "generation by transformers' generate", "continuous batching", remedies[0]),
+        (bool(trainer.tools), "one answer a completion", "tools", remedies[0]),
+        (trainer.rollout_func is not None, "the trainer's own generation", "rollout_func",
+         remedies[0]),
+        (biased and not fused, "a head without bias", "a bias", remedies[1]),
+        (capped and not fused, "plain logits", "soft-capped ones", remedies[1]),
     ):  # fmt: skip
         if bad:
-            refuse(
-                "trainer", f"one with {rule} for temperature=", got,
-                "The tokens must be scored at the temperature that sampled them.",
-            )  # fmt: skip
+            refuse("trainer", f"one with {rule} for temperature=", got, remedy)
 
 
 def _outcome_of(trainer: Any, parts: Mapping[str, Any], outcome: str | None) -> int:

@@ -6,7 +6,9 @@ import inspect
 import re
 from typing import Any
 
-__all__ = ["ATTRIBUTES", "READS", "SEAMS", "moved_seams"]
+from trl.trainer.utils import add_fused_lm_head
+
+__all__ = ["ATTRIBUTES", "HEAD", "READS", "SEAMS", "moved_seams"]
 
 SEAMS: dict[str, tuple[str, ...]] = {
     "get_train_dataloader": (),
@@ -56,6 +58,18 @@ READS: dict[str, tuple[str, ...]] = {
 }
 """What the source of a method must contain for the wrapping to mean what it says."""
 
+HEAD = (
+    # What fused_logprobs stands in for, and what it leaves to TRL.
+    r"per_token = _ChunkedLogProbFunction\.apply\(",
+    r"hidden_states\[mask\] if compact else hidden_states\.reshape\(",
+    r"labels\[mask\] if compact else labels\.clamp\(min=0\)",
+    r"if shift_labels is None:\s+hidden_states = .*\[:, :-1\]\s+labels = labels\[:, 1:\]",
+    r"weight = weight\.full_tensor\(\)",
+    r"autocast_ctx, maybe_gather_lm_head_ctx\(weight, bias\):",
+    r"log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1 = per_token",
+)
+"""What the source of TRL's fused head must contain."""
+
 ATTRIBUTES = (
     "_step", "_buffered_inputs", "_tokenizer", "beta", "environment_factories", "epsilon_low",
     "epsilon_high", "importance_sampling_level", "loss_type", "max_completion_length",
@@ -77,7 +91,8 @@ def moved_seams(trainer: Any, *, sources: bool = False) -> list[str]:
 
     Args:
         trainer: A GRPO trainer, or its class (attributes are not looked at then).
-        sources: Also look at the source of the methods, as the tests do for each new version.
+        sources: Also look at the source of the methods and of the fused head, as the tests do for
+            each new version.
     """
     moved = []
     owner = trainer if isinstance(trainer, type) else type(trainer)
@@ -94,4 +109,6 @@ def moved_seams(trainer: Any, *, sources: bool = False) -> list[str]:
         for name, patterns in READS.items():
             text = inspect.getsource(_unwrapped(getattr(owner, name)))
             moved += [f"{p!r} in {name}" for p in patterns if not re.search(p, text)]
+        text = inspect.getsource(add_fused_lm_head)
+        moved += [f"{p!r} in add_fused_lm_head" for p in HEAD if not re.search(p, text)]
     return moved

@@ -2,8 +2,8 @@
 
 The trainer reads its clip range and its advantages after it has computed the log-probabilities of
 a micro-batch; that is where the token weights are put in their place, so that not a line of the
-loss is written again. A temperature of its own for every token scales the hidden states before the
-head, which divides the logits by it.
+loss is written again. A temperature of its own for every token goes to ``policy_logprobs``; with
+TRL's head it scales the hidden states before it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from trl.models.utils import disable_gradient_checkpointing
 
 from onlinesel.callbacks._attach import overridden
+from onlinesel.callbacks._grpo_head import check_head, fused_logprobs, inner_model
 from onlinesel.callbacks._grpo_rows import ENTROPY, TEMPERATURE, Rows, loss_mask
 from onlinesel.rl.temperature import AdaptiveTemperature
 from onlinesel.rl.types import TokenSignals, TokenWeights
@@ -57,6 +58,10 @@ class TokenTerm:
         tokens: Token weights, or None.
         temperature: Temperature rule, or None.
         scores: Whether log-probabilities of whole completions are asked for.
+        fused: Whether log-probabilities come from ``policy_logprobs`` instead of TRL's head.
+
+    Raises:
+        ValueError: ``fused`` does not go with this trainer.
     """
 
     def __init__(
@@ -65,10 +70,13 @@ class TokenTerm:
         tokens: TokenWeights | None,
         temperature: AdaptiveTemperature | None,
         scores: bool,
+        fused: bool = False,
     ) -> None:
+        if fused:
+            check_head(trainer)
         self.trainer, self.tokens, self.temperature = trainer, tokens, temperature
         self.active = tokens is not None or temperature is not None
-        self.scores = scores
+        self.scores, self.fused = scores, fused
         self.statistics: dict[str, Tensor] = {}
         """Of the tokens of the current generation batch, for the token weights."""
         self.heat: dict[str, Tensor] | None = None
@@ -116,44 +124,24 @@ class TokenTerm:
 
     def log_probs(self, call: Call, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Compute log-probabilities at the temperatures that sampled, and prepare the loss."""
-        with self._tempered(model, args, kwargs):
+        factor, core = self._sampled(args, kwargs), inner_model(self.trainer, model)
+        with fused_logprobs(core, factor) if self.fused else _scaled(core, factor):
             result = call(model, *args, **kwargs)
         if self._current is not None and self.tokens is not None:
             self._put_terms(result[0].detach())
         return result
 
-    @contextmanager
-    def _tempered(self, model: nn.Module, args: Any, kwargs: Any) -> Iterator[None]:
+    def _sampled(self, args: Any, kwargs: Any) -> Tensor | None:
+        """Return the factor on the temperature of each completion token, None where it is 1."""
         factor = self._factor
         if self._current is not None:
             factor = self._current.get(TEMPERATURE)
         elif self._thermostat is not None and self._thermostat.factor:
             factor = torch.stack(self._thermostat.factor, dim=1)
         if factor is None:
-            yield
-            return
+            return None
         width = kwargs.get("logits_to_keep", args[2] if len(args) > 2 else None)
-        factor = pad(factor[:, :width], (0, width - min(factor.shape[1], width)), value=1.0)
-        core = self.trainer.accelerator.unwrap_model(model)
-        core = core.get_base_model() if hasattr(core, "get_base_model") else core
-        offset = 0
-
-        def scale(_: nn.Module, __: Any, output: Any) -> Any:
-            nonlocal offset
-            hidden = output.last_hidden_state
-            rows = factor[offset : offset + hidden.shape[0]]
-            offset += hidden.shape[0]
-            # The token at position t is predicted from position t - 1.
-            heat = pad(rows, (hidden.shape[1] - width - 1, 1), value=1.0)
-            # In bfloat16 the temperature itself would be rounded by as much as it changes.
-            output.last_hidden_state = (hidden.float() / heat[..., None]).to(hidden.dtype)
-            return output
-
-        handle = core.base_model.register_forward_hook(scale)
-        try:
-            yield
-        finally:
-            handle.remove()
+        return pad(factor[:, :width], (0, width - min(factor.shape[1], width)), value=1.0)
 
     def measure(self, call: Call, rows: Rows, gather: Callable[[Tensor], Tensor]) -> Tensor | None:
         """Measure the tokens of the final batch, once, and note their statistics.
@@ -237,3 +225,29 @@ class TokenTerm:
         )
         current["advantages"] = terms.advantages
         trainer.epsilon_low, trainer.epsilon_high = terms.clip_low, terms.clip_high
+
+
+@contextmanager
+def _scaled(core: Any, factor: Tensor | None) -> Iterator[None]:
+    """Divide the states that enter TRL's head by the factor on the temperature of their token."""
+    if factor is None:
+        yield
+        return
+    offset, width = 0, factor.shape[1]
+
+    def scale(_: nn.Module, __: Any, output: Any) -> Any:
+        nonlocal offset
+        hidden = output.last_hidden_state
+        rows = factor[offset : offset + hidden.shape[0]]
+        offset += hidden.shape[0]
+        # The token at position t is predicted from position t - 1.
+        heat = pad(rows, (hidden.shape[1] - width - 1, 1), value=1.0)
+        # In bfloat16 the temperature itself would be rounded by as much as it changes.
+        output.last_hidden_state = (hidden.float() / heat[..., None]).to(hidden.dtype)
+        return output
+
+    handle = core.base_model.register_forward_hook(scale)
+    try:
+        yield
+    finally:
+        handle.remove()

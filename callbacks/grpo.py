@@ -8,7 +8,8 @@ groups; a test holds it to the trainer's bits. :meth:`RolloutSelection.detach` p
 - ``_generate_and_score_completions``: choose the problems, generate, let the gate decide, generate
   again at the same weights, and return as many rows on every rank;
 - ``_calculate_rewards``: the outcomes, which the trainer has gathered over all ranks already;
-- ``_compute_loss`` and ``_get_per_token_logps_and_entropies``: token weights and temperatures;
+- ``_compute_loss`` and ``_get_per_token_logps_and_entropies``: token weights, temperatures, and
+  with ``fused_logprobs`` the head (``_grpo_head.py``);
 - ``get_train_dataloader``: rows know their number; ``log``, ``_save_rng_state`` and
   ``_inner_training_loop``: metrics and state.
 """
@@ -92,6 +93,12 @@ class RolloutSelection(TrainerCallback):
         tokens: Weights and clip ranges of single tokens, as :class:`onlinesel.rl.HAPO`.
         temperature: Sampling temperature of every token
             (:class:`onlinesel.rl.AdaptiveTemperature`).
+        fused_logprobs: Compute log-probabilities and entropies by
+            :func:`onlinesel.kernels.policy_logprobs` instead of TRL's fused head: the same up to
+            rounding, with logits kept in float32 where TRL rounds them to bfloat16 (which makes
+            ``cast_lm_head_to_fp32`` needless), each token's temperature exact, and a backward pass
+            of the head over those tokens alone whose loss has a gradient, without groups of
+            advantage 0, clipped tokens and those that ``tokens`` drops. False keeps TRL's bits.
         outcome: Name of the reward function that says right or wrong. Needed if there are several:
             gates and samplers must not see a shaped sum.
         success: Outcome above which an answer is right; None for outcomes of 0 and 1.
@@ -132,6 +139,7 @@ class RolloutSelection(TrainerCallback):
         advantages: Advantages | None = None,
         tokens: TokenWeights | None = None,
         temperature: AdaptiveTemperature | None = None,
+        fused_logprobs: bool = False,
         outcome: str | None = None,
         success: float | None = None,
         seed: int = 0,
@@ -143,12 +151,11 @@ class RolloutSelection(TrainerCallback):
             "advantages": advantages, "tokens": tokens, "temperature": temperature,
         }  # fmt: skip
         self.trainer, self.seed, self.success = trainer, seed, success
-        self._outcome = check(trainer, self.parts, outcome)
+        self._outcome = check(trainer, self.parts, outcome, fused_logprobs)
         self._idle = not any(p is not None for p in self.parts.values()) and record is None
         self._guard = RewardGuard(reward_timeout)
-        self._tokens = TokenTerm(
-            trainer, tokens, temperature, scores=bool(advantages and advantages.needs_scores)
-        )
+        scores = bool(advantages and advantages.needs_scores)
+        self._tokens = TokenTerm(trainer, tokens, temperature, scores, fused_logprobs)
         self.meter = RolloutMeter(record, {"name": _name(gate, prompts), **self._facts()})
         self._maker: BatchMaker | None = None
         self._running = self._skip = self._moved = False
@@ -217,8 +224,6 @@ class RolloutSelection(TrainerCallback):
         self, model: nn.Module, *args: Any, **kwargs: Any
     ) -> Any:
         call = self._call["_get_per_token_logps_and_entropies"]
-        if not self._tokens.active:
-            return call(model, *args, **kwargs)
         return self._tokens.log_probs(call, model, *args, **kwargs)
 
     def _on__compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:

@@ -15,6 +15,7 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from onlinesel.callbacks.grpo import RolloutSelection
+from onlinesel.rl import AdaptiveTemperature
 from tests.callbacks.hosts import arguments, make_model, make_tokenizer
 
 GENERATIONS = 4
@@ -44,6 +45,20 @@ def length_bonus(completions: list[str], **_: Any) -> list[float]:
 def word_parity(completions: list[str], **_: Any) -> list[float]:
     """Score sampled completions: an odd number of words is right."""
     return [float(len(text.split()) % 2) for text in completions]
+
+
+class Ramp(AdaptiveTemperature):
+    """Heat that grows with the number of the call, so that a shift by one shows."""
+
+    def temperatures(self, entropy: torch.Tensor, statistics: Any, base: float) -> torch.Tensor:
+        self.calls.append(entropy)  # type: ignore[attr-defined]
+        return torch.full_like(entropy, base * (1 + 0.5 * len(self.calls)))  # type: ignore[attr-defined]
+
+
+def make_ramp() -> Ramp:
+    ramp = Ramp()
+    object.__setattr__(ramp, "calls", [])
+    return ramp
 
 
 def written(prompt: list[int], number: int) -> list[int]:

@@ -56,6 +56,10 @@ def cases() -> dict[str, dict[str, Any]]:
         "shared": {**FULL, "prompts": SharedDifficulty()},
         "hapo": {"tokens": HAPO(), **sampled},
         "temperature": {"temperature": AdaptiveTemperature(tau=0.5), "tokens": HAPO(), **sampled},
+        "fused": {
+            "temperature": AdaptiveTemperature(tau=0.5), "tokens": HAPO(), **sampled,
+            "fused_logprobs": True,
+        },
         # The checkpoint of step 3 lies in the middle of a generation batch of two steps.
         "within-a-batch": {
             "tokens": HAPO(), **FULL, **sampled, "steps_per_generation": 2, "size": 8,
@@ -70,7 +74,7 @@ def cases() -> dict[str, dict[str, Any]]:
 
 def train(folder: Path, name: str, resume: bool) -> tuple[Any, list[dict[str, Any]]]:
     options = cases()[name]
-    parts = ("gate", "refill", "prompts", "tokens", "temperature")
+    parts = ("gate", "refill", "prompts", "tokens", "temperature", "fused_logprobs")
     chosen = {key: options.pop(key) for key in parts if key in options}
     trainer = make_grpo_trainer(
         folder / name,

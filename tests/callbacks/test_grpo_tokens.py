@@ -9,8 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from onlinesel.rl import DRPO, HAPO, AdaptiveTemperature, TokenAverage, TopEntropy
-from tests.callbacks.grpo_hosts import attach, make_grpo_trainer, spy, weights, word_parity
+from onlinesel.rl import DRPO, HAPO, TokenAverage, TopEntropy
+from tests.callbacks.grpo_hosts import (
+    attach,
+    make_grpo_trainer,
+    make_ramp,
+    spy,
+    weights,
+    word_parity,
+)
+from tests.callbacks.hosts import make_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HAPO_CASES = json.loads((GOLDEN / "hapo.json").read_text("utf-8"))
@@ -155,25 +163,16 @@ def test_top_entropy_is_the_trainers_own_mask_over_the_whole_batch(tmp_path: Pat
     assert cosine > 0.9 and bool(moved[0].any())
 
 
-class Ramp(AdaptiveTemperature):
-    """Heat that grows with the number of the call, so that a shift by one shows."""
-
-    def temperatures(self, entropy: torch.Tensor, statistics: Any, base: float) -> torch.Tensor:
-        self.calls.append(entropy)  # type: ignore[attr-defined]
-        return torch.full_like(entropy, base * (1 + 0.5 * len(self.calls)))  # type: ignore[attr-defined]
-
-
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
-def test_tokens_are_scored_at_the_temperature_that_sampled(tmp_path: Path, lora: bool) -> None:
-    from tests.callbacks.hosts import make_model
-
-    ramp = Ramp()
-    object.__setattr__(ramp, "calls", [])
+def test_tokens_are_scored_at_the_temperature_that_sampled(
+    tmp_path: Path, lora: bool, fused: bool
+) -> None:
     trainer = make_grpo_trainer(
         tmp_path, (2, 1), known=False, rewards=word_parity, max_steps=1, num_iterations=2,
         model=make_model(lora=lora), temperature=0.8,
     )  # fmt: skip
-    attach(trainer, temperature=ramp)
+    attach(trainer, temperature=make_ramp(), fused_logprobs=fused)
     made = spy(trainer)
     seen: list[torch.Tensor] = []
     original = trainer._get_per_token_logps_and_entropies
