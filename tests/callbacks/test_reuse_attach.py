@@ -23,7 +23,6 @@ from onlinesel.callbacks.hf import OnlineSelection
 from onlinesel.strategies import TopLoss
 from tests.callbacks.hosts import attach, make_model, make_sft_trainer, make_trainer
 
-
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 
 
