@@ -107,7 +107,8 @@ class Replay:
                 f"{type(layer).__name__} as number {count + 1} of {len(held.layers)}", _OTHERWISE,
             )  # fmt: skip
         for name, value in function.keywords.items():
-            if isinstance(value, Tensor) and value.requires_grad:
+            parts = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(part, Tensor) and part.requires_grad for part in parts):
                 refuse(
                     "checkpointed layers", "given what needs gradients by position",
                     f"the keyword {name}", "Set it to False for this model.",

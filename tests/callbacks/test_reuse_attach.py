@@ -210,11 +210,12 @@ def test_layers_that_are_called_otherwise_in_training_are_refused(tmp_path: Path
         train(tmp_path, skip_last)
 
 
-def test_a_keyword_with_gradient_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "in-a-tuple"])
+def test_a_keyword_with_gradient_is_refused(tmp_path: Path, wrapped: bool) -> None:
     def change(model: Any) -> None:
         bias = nn.Parameter(torch.zeros(1))
         model.model.layers[0].bias = bias
-        replace_call(model, extra=bias)
+        replace_call(model, extra=(bias, 1) if wrapped else bias)
 
     with pytest.raises(
         ValueError, match="given what needs gradients by position, got the keyword extra"
