@@ -148,15 +148,10 @@ class OnlineSelection(TrainerCallback):
         self._observing = bool(strategy.observes) or bool(getattr(mixture, "needs", ()))
         _attach.check_arguments(candidates, scope, self.normalize)
         _attach.check_trainer(
-            trainer,
-            strategy,
-            candidates=candidates,
-            weighs=self.normalize == "samples" or self._observing,
-            shadow=shadow,
+            trainer, strategy, candidates=candidates, shadow=shadow, reference=reference,
+            weighs=self.normalize == "samples" or self._observing, groups=groups,
             default_scorer=scorer is None,
-            reference=reference,
-            groups=groups,
-        )
+        )  # fmt: skip
         self._reuse = reuse_in_trainer(
             trainer, reuse_forward, reuse_limit, shadow=shadow, scorer=scorer
         )
