@@ -25,11 +25,18 @@ from onlinesel.bench._ledgers import AgedLedger, aged_ledger, turnover
 from onlinesel.bench._network import Network
 from onlinesel.bench._ranks import Collective, SimulatedRanks
 from onlinesel.bench._report import figure, table
-from onlinesel.bench._settings import clock, machine, threads_set
+from onlinesel.bench._settings import (
+    clock,
+    command,
+    listed,
+    machine,
+    numbers,
+    threads_set,
+)
 from onlinesel.bench._workload import STRATEGIES, Rehearsal, Workload
 from onlinesel.step import StepPlan
 
-__all__ = ["add_arguments", "bench_scale", "run"]
+__all__ = ["add_arguments", "bench_scale", "figure", "run"]
 
 RANKS = (1, 8, 64, 256, 1024)
 CANDIDATES = (1, 2, 4, 8, 16)
@@ -293,15 +300,11 @@ def _sweeps(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``onlinesel bench scale``."""
-
-    def numbers(text: str) -> list[int]:
-        return [int(float(part)) for part in text.split(",")]
-
     add, network, work = parser.add_argument, Network(), Workload()
-    add("--ranks", type=numbers, default=_text(RANKS), help="numbers of ranks")
-    add("--candidates", type=numbers, default=_text(CANDIDATES), help="per trained row")
-    add("--ids", type=numbers, default=_text(IDS), help="rows of the dataset (1e8 needs 6 GB)")
-    add("--methods", default=_text(STRATEGIES[:3]), help=f"of {', '.join(STRATEGIES)}")
+    add("--ranks", type=numbers, default=listed(RANKS), help="numbers of ranks")
+    add("--candidates", type=numbers, default=listed(CANDIDATES), help="per trained row")
+    add("--ids", type=numbers, default=listed(IDS), help="rows of the dataset (1e8 needs 6 GB)")
+    add("--methods", default=listed(STRATEGIES[:3]), help=f"of {', '.join(STRATEGIES)}")
     add("--rows", type=int, default=work.rows, help="rows that a rank trains in a step")
     add("--tokens", type=int, default=work.tokens, help="length of a row")
     add("--extrapolate", type=float, default=1e9, help="continue --ids to so many; 0 for not")
@@ -321,7 +324,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("start", "seconds that every collective costs before its first hop"),
     ):
         add(f"--{name}", type=float, default=vars(network)[name.replace("-", "_")], help=text)
-    add("--figure", metavar="FILE", help="draw the results there (needs matplotlib)")
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -339,16 +341,4 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         work=Workload(rows=args.rows, tokens=args.tokens), steps=args.steps, threads=args.threads,
         extrapolate=int(args.extrapolate) or None,
     )  # fmt: skip
-    skipped = ("what", "json", "figure")
-    given = [(n, v) for n, v in vars(args).items() if v is not None and n not in skipped]
-    words = [f"--{n.replace('_', '-')} {_text(v)}" for n, v in given]
-    result = {"command": " ".join(["python -m onlinesel.bench scale", *words]), **result}
-    if args.figure:
-        figure(result, args.figure)
-    return result, table(result)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return ",".join(map(str, value)) if isinstance(value, Sequence) else f"{value:g}"
+    return {"command": command("scale", args), **result}, table(result)

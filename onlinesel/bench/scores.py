@@ -1,267 +1,236 @@
-"""Scores of a sample from its hidden states against the same scores from its logits.
+"""``onlinesel bench scores``: scores from hidden states against the same scores from logits.
 
-Compares the scores of UDS (nuclear norm and embedding of the logits) computed from hidden states
-and the LM head with the same scores computed from the logits, as the paper (arXiv 2510.16882) does:
-logits, singular values, and two Fourier transforms. It also compares ``token_scores`` with a plain
-log-softmax. Both sides run in one process, on one sample of synthetic states, with the same number
-of threads. Peak memory is measured in a fresh process each.
+Two comparisons, for every width asked for. Scores of tokens: each backend of ``token_scores``, a
+plain log-softmax, TRL's fused head, Liger and cut-cross-entropy, and the bare product of states and
+head, which is the roof. Scores of UDS, which are nuclear norm and embedding of a row's logits: from
+the logits, as the paper (arXiv 2510.16882) takes them, and from the hidden states.
+
+All ways work on the same synthetic inputs, in one process and in turns. Errors are against float64
+from the same inputs. Peak memory is what a call takes beyond its inputs: on a GPU by torch's
+allocator, on a CPU by the resident memory of a fresh process.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
+from onlinesel.bench._inputs import HeadInputs, HeadSizes
+from onlinesel.bench._measure import release
+from onlinesel.bench._settings import add_common, command, machine, numbers, settle, threads_set
+from onlinesel.bench._text import (
+    bars,
+    headline,
+    new_figure,
+    remarks,
+    speed_of,
+    table,
+    unmeasured,
+)
+from onlinesel.bench._tokens import TOKEN_WAYS, TokenErrors
+from onlinesel.bench._uds import UDS_WAYS, UDSErrors
+from onlinesel.bench._ways import compare
 
-from onlinesel.bench._settings import machine, threads_set
-from onlinesel.kernels import HeadGram, JLProjector, LMHead, logit_nuclear_norm, token_scores
+__all__ = ["add_arguments", "bench_scores", "figure", "run"]
 
-__all__ = ["add_arguments", "bench_scores", "run"]
-
-_PROJECTOR_TIME = 512  # the fixed length of the paper's code
+_NOTES = (
+    "States and heads are synthetic; no trained model was measured.",
+    "Liger's fused loss and cut-cross-entropy's give no entropy. TRL's EL2N is worked out from "
+    "what its head gives, which cancels where a label is nearly certain; the others give none.",
+)
 
 
 def bench_scores(
     tokens: int = 256,
-    width: int = 896,
+    width: int | Sequence[int] = 896,
     vocab: int = 151936,
-    repeats: int = 3,
+    repeats: int | None = None,
     *,
+    batch: int = 1,
+    device: str = "auto",
+    dtype: str = "float32",
+    error_tokens: int = 64,
     threads: int | None = None,
     memory: bool = True,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Time UDS scoring and token scores against the plain way.
+    """Compare ways to score tokens, and ways to the scores of UDS.
 
     Args:
-        tokens: Rows of the sample.
-        width: Hidden size.
+        tokens: Tokens of a row.
+        width: Hidden size, or several.
         vocab: Vocabulary size.
-        repeats: Runs of each side after one warm-up; the median is reported.
-        threads: Threads of torch for both sides, or None to leave them. Restored at the end.
-        memory: Measure peak memory as well, in fresh processes.
+        repeats: Timed runs, whose median counts; 3 on a CPU and 20 on a GPU by default, and fewer
+            of a way that takes over a minute for them.
+        batch: Rows.
+        device: ``"cpu"``, ``"cuda"``, or ``"auto"``.
+        dtype: Of states and head.
+        error_tokens: Tokens that are compared with float64.
+        threads: Threads of torch on the CPU, or None to leave them. Restored at the end.
+        memory: Measure peak memory as well.
+        seed: Of the inputs.
 
     Returns:
-        Settings, seconds, speed ratios, relative errors and mebibytes, ready for JSON.
+        Settings, and ``points``: for each width what the ways take, their errors, and ratios.
 
     Raises:
-        ValueError: A size or the number of repeats is below 1.
+        ValueError: A size or the number of repeats is below 1; an unknown device or dtype.
 
     Example:
-        >>> result = bench_scores(tokens=4, width=8, vocab=50, repeats=1, memory=False)
-        >>> result["error"]["nuclear_norm"] < 1e-4
+        >>> result = bench_scores(4, 8, 50, repeats=1, device="cpu", memory=False)
+        >>> result["points"][0]["uds"]["uds"]["error"]["nuclear_norm"]["relative"] < 1e-5
         True
     """
-    for name, value in (
-        ("tokens", tokens), ("width", width), ("vocab", vocab), ("repeats", repeats)
-    ):  # fmt: skip
-        if value < 1:
-            raise ValueError(
-                f"bench_scores: {name} must be at least 1, got {value}. Pass a positive integer."
-            )
+    widths = [width] if isinstance(width, int) else list(width)
+    where, kind, repeats = settle(
+        "bench_scores", device, dtype, repeats, tokens=tokens, vocab=vocab, batch=batch,
+        error_tokens=error_tokens, width=min(widths),
+    )  # fmt: skip
+    sizes = [HeadSizes(batch, tokens, size, vocab, kind, where, seed=seed) for size in widths]
     with threads_set(threads):
-        result = _settings(tokens, width, vocab, repeats)
-        result.update(_time_all(_inputs(tokens, width, vocab), repeats))
-        if memory:
-            sizes = (tokens, width, vocab)
-            names = ("plain", "uds", "once", "plain_token_scores", "token_scores")
-            result["peak_mib"] = {name: _peak_mib(name, sizes) for name in names}
-        return result
+        result = {"what": "scores of tokens, and of UDS, from hidden states", **sizes[0].facts()}
+        result |= {"repeats": repeats, "error_tokens": error_tokens, **machine(where)}
+        result["points"] = [_point(one, repeats, error_tokens, memory) for one in sizes]
+    entries = [
+        e for p in result["points"] for e in (*p["token_scores"].values(), *p["uds"].values())
+    ]
+    return {**result, "notes": list(_NOTES), "not_measured": unmeasured(entries)}
 
 
-class _Inputs:
-    """One synthetic sample: states with a power-law spectrum and a common mean, and a head."""
-
-    def __init__(self, tokens: int, width: int, vocab: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        decay = torch.arange(1, width + 1).float().rsqrt()
-        self.hidden = torch.randn(1, tokens, width, generator=generator) * decay
-        self.hidden += 0.5 * torch.randn(width, generator=generator) * decay
-        self.hidden *= width**0.5 / self.hidden.norm(dim=2, keepdim=True)
-        self.head = LMHead(torch.randn(vocab, width, generator=generator).mul_(0.02))
-        self.labels = torch.randint(0, vocab, (1, tokens), generator=generator)
-        self.projector = JLProjector(vocab, max(_PROJECTOR_TIME, tokens))
-
-
-def _inputs(tokens: int, width: int, vocab: int) -> _Inputs:
-    return _Inputs(tokens, width, vocab)
-
-
-def _plain_uds(data: _Inputs) -> tuple[Tensor, Tensor]:
-    """The paper's way: logits, their singular values, and a transform along each axis."""
-    logits = data.hidden[0] @ data.head.weight.T
-    norm = torch.linalg.svdvals(logits).sum()
-    p = data.projector
-    assert p.signs_vocab is not None and p.index_vocab is not None
-    assert p.signs_time is not None and p.index_time is not None
-    right = torch.fft.fft(logits * p.signs_vocab, dim=1).real[:, p.index_vocab]
-    right = right * (p.vocab / p.vocab_dim) ** 0.5
-    padded = torch.nn.functional.pad(right, (0, 0, 0, p.time - len(right)))
-    left = torch.fft.fft(padded * p.signs_time.unsqueeze(1), dim=0).real[p.index_time]
-    return norm, (left * (p.time / p.time_dim) ** 0.5).flatten()
-
-
-def _plain_tokens(data: _Inputs) -> tuple[Tensor, Tensor]:
-    """Loss and entropy from the log-softmax of whole logits."""
-    log_p = torch.log_softmax(data.hidden[0] @ data.head.weight.T, dim=1)
-    nll = -log_p.gather(1, data.labels[0].unsqueeze(1)).squeeze(1)
-    return nll, -(log_p.exp() * log_p).sum(1)
-
-
-def _once(data: _Inputs) -> tuple[HeadGram, Tensor]:
-    """What is paid once per weight version: the factor of the head and the fold."""
-    gram = HeadGram(data.head)
-    gram.root()
-    return gram, data.projector.fold(data.head)
-
-
-def _time_all(data: _Inputs, repeats: int) -> dict[str, Any]:
-    gram, folded = _once(data)
-    runs: dict[str, Callable[[], Any]] = {
-        "plain": lambda: _plain_uds(data),
-        "nuclear_norm": lambda: logit_nuclear_norm(data.hidden, data.head, gram=gram),
-        "embedding": lambda: data.projector.project(data.hidden, folded),
-        "once_gram": lambda: HeadGram(data.head).root(),
-        "once_fold": lambda: data.projector.fold(data.head),
-        "plain_token_scores": lambda: _plain_tokens(data),
-        "token_scores_same": lambda: token_scores(
-            data.hidden, data.head, data.labels, outputs=("nll", "entropy")
-        ),
-        "token_scores_all": lambda: token_scores(data.hidden, data.head, data.labels),
+def _point(sizes: HeadSizes, repeats: int, error_tokens: int, memory: bool) -> dict[str, Any]:
+    release(sizes.device)
+    inputs = HeadInputs(sizes)
+    errors = TokenErrors(inputs, error_tokens)
+    found: dict[str, Any] = {
+        "width": sizes.width,
+        "largest_logit": errors.largest_logit,
+        "token_scores": compare(TOKEN_WAYS, inputs, errors, repeats=repeats, memory=memory),
+        "uds": compare(UDS_WAYS, inputs, UDSErrors(inputs), repeats=repeats, memory=memory),
     }
-    outputs: dict[str, Any] = {}
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    with torch.no_grad():
-        # The sides take turns, so that what else the machine does falls on all of them. The first
-        # turn warms up.
-        for _ in range(repeats + 1):
-            for name, run in runs.items():
-                start = time.perf_counter()
-                outputs[name] = run()
-                taken[name].append(time.perf_counter() - start)
-    seconds = {name: sorted(t[1:])[repeats // 2] for name, t in taken.items()}
-    seconds["uds"] = seconds["nuclear_norm"] + seconds["embedding"]
-    once = seconds["once_gram"] + seconds["once_fold"]
-    norm, embedding = outputs["plain"]
-    nll, entropy = outputs["plain_token_scores"]
-    scores = outputs["token_scores_all"]
-    return {
-        "seconds": seconds,
-        "speedup": {
-            "uds": seconds["plain"] / seconds["uds"],
-            "uds_paying_once_every_sample": seconds["plain"] / (seconds["uds"] + once),
-            "token_scores": seconds["plain_token_scores"] / seconds["token_scores_same"],
-        },
-        "error": {
-            "nuclear_norm": _relative(outputs["nuclear_norm"], norm),
-            "embedding": _relative(outputs["embedding"], embedding),
-            "nll": _relative(scores.nll, nll),
-            "entropy": _relative(scores.entropy, entropy),
-        },
-    }
+    return {**found, "speedup": _ratios(found["token_scores"], found["uds"])}
 
 
-def _relative(ours: Tensor, theirs: Tensor) -> float:
-    difference = ours.reshape(-1).double() - theirs.reshape(-1).double()
-    return float(difference.norm() / theirs.double().norm())
+def _ratios(tokens: Mapping[str, Any], uds: Mapping[str, Any]) -> dict[str, float]:
+    """Return how many times faster ours is, where both sides were measured.
 
-
-def _peak_mib(name: str, sizes: tuple[int, int, int]) -> float | None:
-    """Run one side in a fresh process; return by how much its memory peaked over its inputs."""
-    if not sys.platform.startswith("linux"):
-        return None  # the peak of a process is kept in other units, or not at all
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_grow, (name, sizes, torch.get_num_threads()))
-
-
-def _grow(name: str, sizes: tuple[int, int, int], threads: int) -> float:
-    torch.set_num_threads(threads)
-    with torch.no_grad():
-        data = _inputs(*sizes)
-        gram, folded = (HeadGram(data.head), None) if name != "uds" else _once(data)
-        torch.linalg.eigvalsh(torch.eye(8))  # loads the solver before the count starts
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # resets the peak to the present size
-        start = _status_kib("VmRSS")
-        if name == "plain":
-            _plain_uds(data)
-        elif name == "once":
-            _once(data)
-        elif name == "plain_token_scores":
-            _plain_tokens(data)
-        elif name == "token_scores":
-            token_scores(data.hidden, data.head, data.labels)
-        else:
-            assert folded is not None
-            logit_nuclear_norm(data.hidden, data.head, gram=gram)
-            data.projector.project(data.hidden, folded)
-    return (_status_kib("VmHWM") - start) / 1024
-
-
-def _status_kib(field: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field + ":"))
-
-
-def _settings(tokens: int, width: int, vocab: int, repeats: int) -> dict[str, Any]:
-    return {
-        "what": "UDS scores of one sample: nuclear norm and embedding of its logits",
-        "command": f"python -m onlinesel.bench scores --tokens {tokens} --width {width} "
-        f"--vocab {vocab} --repeats {repeats} --threads {torch.get_num_threads()}",
-        "tokens": tokens,
-        "width": width,
-        "vocab": vocab,
-        "repeats": repeats,
-        **machine(),
-    }
+    For tokens that is the fastest backend with all its six scores, whatever the other gives.
+    """
+    seconds = {name: e["seconds"] for name, e in {**tokens, **uds}.items() if "seconds" in e}
+    found = {}
+    if "plain" in seconds and "uds" in seconds:
+        found["uds"] = seconds["plain"] / seconds["uds"]
+        once = seconds["once_gram"] + seconds["once_fold"]
+        found["uds_paying_once_every_batch"] = seconds["plain"] / (seconds["uds"] + once)
+    backends = [seconds[name] for name in ("torch", "tile", "triton") if name in seconds]
+    for name in ("log_softmax", "trl", "liger", "liger_scaled", "cut"):
+        if name in seconds and backends:
+            found[f"token_scores_over_{name}"] = seconds[name] / min(backends)
+    return found
 
 
 def _table(result: dict[str, Any]) -> str:
-    seconds, peak = result["seconds"], result.get("peak_mib", {})
-    rows = [
-        ("UDS: logits + svdvals + FFT", "plain", "plain"),
-        ("UDS: from the hidden states", "uds", "uds"),
-        ("  nuclear norm", "nuclear_norm", ""),
-        ("  embedding", "embedding", ""),
-        ("once per weight: factor", "once_gram", "once"),
-        ("once per weight: fold", "once_fold", ""),
-        ("nll, entropy: log_softmax", "plain_token_scores", "plain_token_scores"),
-        ("nll, entropy: token_scores", "token_scores_same", ""),
-        ("all six: token_scores", "token_scores_all", "token_scores"),
-    ]
-    lines = [
-        f"{result['tokens']} tokens, width {result['width']}, vocabulary {result['vocab']}; "
-        f"{result['threads']} threads, {result['processor']}, torch {result['torch']}",
-        f"{'':30}{'seconds':>12}{'peak MiB':>12}",
-    ]
-    for label, timed, sized in rows:
-        size = peak.get(sized)
-        lines.append(f"{label:30}{seconds[timed]:12.5f}" + (f"{size:12.1f}" if size else ""))
-    lines += [f"speed ratio, {name}: {value:.1f}" for name, value in result["speedup"].items()]
-    lines += [f"relative difference, {name}: {x:.1e}" for name, x in result["error"].items()]
-    return "\n".join(lines)
+    lines = []
+    for point in result["points"]:
+        size = f"{result['batch']} x {result['tokens']} tokens, width {point['width']}, vocabulary "
+        lines += [f"{size}{result['vocab']}; {headline(result)}", ""]
+        lines += [_token_table(point), "", _uds_table(point), ""]
+        lines += [f"speed ratio, {name}: {value:.2f}" for name, value in point["speedup"].items()]
+        lines.append("")
+    return "\n".join([*lines, *remarks(result)])
+
+
+def _token_table(point: dict[str, Any]) -> str:
+    entries = point["token_scores"]
+
+    def error(name: str, kind: str) -> Any:
+        return lambda entry: entry["error"].get(name, {}).get(kind)
+
+    return table(
+        f"Token scores; errors against float64, logits up to {point['largest_logit']:.0f}",
+        list(entries.values()),
+        [
+            ("ms", lambda entry: entry["seconds"] * 1e3, ".3f"),
+            speed_of(entries["gemm"]),
+            ("peak MiB", lambda entry: entry.get("peak_mib"), ".1f"),
+            ("nll abs", error("nll", "max_abs"), ".1e"),
+            ("entropy", error("entropy", "max_abs"), ".1e"),
+            ("el2n rel", error("el2n", "max_rel"), ".1e"),
+        ],
+    )
+
+
+def _uds_table(point: dict[str, Any]) -> str:
+    def error(name: str) -> Any:
+        return lambda entry: entry["error"].get(name, {}).get("relative")
+
+    return table(
+        "UDS: nuclear norm and embedding of each row; errors against float64",
+        list(point["uds"].values()),
+        [
+            ("ms", lambda entry: entry["seconds"] * 1e3, ".3f"),
+            ("peak MiB", lambda entry: entry.get("peak_mib"), ".1f"),
+            ("norm rel", error("nuclear_norm"), ".1e"),
+            ("embed. rel", error("embedding"), ".1e"),
+        ],
+    )
+
+
+def figure(result: dict[str, Any], path: str) -> None:
+    """Draw speed against the bare product, peak memory, and the seconds of UDS.
+
+    Args:
+        result: What :func:`bench_scores` returned.
+        path: File to write; its ending says in which format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    drawing = new_figure("scores", 3, 4.2)
+    speed, memory, uds = drawing.axes
+    points = result["points"]
+
+    def draw(axes: Any, part: str, value: Any, unit: str) -> None:
+        measured = [n for n in points[0][part] if any("seconds" in p[part][n] for p in points)]
+        labels = [points[0][part][name]["label"] for name in measured]
+        series = {
+            f"width {point['width']}": [value(point, point[part][name]) for name in measured]
+            for point in points
+        }
+        bars(axes, labels, series, unit)
+
+    def share(point: dict[str, Any], entry: dict[str, Any]) -> float | None:
+        roof = point["token_scores"]["gemm"].get("seconds")
+        return roof / entry["seconds"] if roof and "seconds" in entry else None
+
+    draw(speed, "token_scores", share, "speed of the bare product = 1")
+    draw(memory, "token_scores", lambda _, entry: entry.get("peak_mib"), "peak MiB beyond inputs")
+    draw(uds, "uds", lambda _, entry: entry.get("seconds"), "seconds, logarithmic")
+    uds.set_xscale("log")
+    drawing.suptitle(
+        f"{result['batch']} x {result['tokens']} tokens, vocabulary {result['vocab']}; "
+        f"{headline(result)}", fontsize=9,
+    )  # fmt: skip
+    drawing.savefig(path, dpi=150)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``onlinesel bench scores``."""
-    parser.add_argument("--tokens", type=int, default=256, help="rows of the sample")
-    parser.add_argument("--width", type=int, default=896, help="hidden size")
-    parser.add_argument("--vocab", type=int, default=151936, help="vocabulary size")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    add = parser.add_argument
+    add("--batch", type=int, default=1, help="rows")
+    add("--tokens", type=int, default=256, help="tokens of a row")
+    add("--width", type=numbers, default="896", help="hidden sizes, with commas between them")
+    add("--vocab", type=int, default=151936, help="vocabulary size")
+    add("--error-tokens", type=int, default=64, help="tokens that are compared with float64")
+    add("--seed", type=int, default=0, help="of the inputs")
+    add_common(parser, "timed runs of each way; by default 3 on a CPU, 20 on a GPU")
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Return the result and its table."""
     result = bench_scores(
-        args.tokens, args.width, args.vocab, args.repeats,
-        threads=args.threads, memory=not args.no_memory,
+        args.tokens, args.width, args.vocab, args.repeats, batch=args.batch, device=args.device,
+        dtype=args.dtype, error_tokens=args.error_tokens, threads=args.threads,
+        memory=not args.no_memory, seed=args.seed,
     )  # fmt: skip
-    return result, _table(result)
+    return {"command": command("scores", args), **result}, _table(result)
