@@ -50,6 +50,13 @@ def scenarios() -> dict[str, dict[str, Any]]:
     }
 
 
+def runs(engine: str, name: str) -> bool:
+    """Whether a scenario is run: what has nothing to do with an engine, under DDP and FSDP2."""
+    if engine == "fsdp2":
+        return name != "lora"  # PEFT is put on before transformers shards
+    return engine == "ddp" or name not in ("weights", "sft", "uds")
+
+
 def counted(folder: Path, name: str, options: dict[str, Any]) -> Any:
     """Run a scenario; how many rows each MLP forwarded goes to a file."""
     rows: list[int] = []
@@ -88,9 +95,9 @@ if __name__ == "__main__":
     folder = engines.folder = Path(sys.argv[1])
     for engine in sys.argv[2:]:
         for name, options in scenarios().items():
+            if not runs(engine, name):
+                continue
             if engine == "fsdp2":
-                if "lora" in name:
-                    continue
                 options["shard"] = engines.shard
             changes = {"gradient_checkpointing": True, **engines.changes_for(engine)}
             options["trainer"] = {**options.get("trainer", {}), **changes}
