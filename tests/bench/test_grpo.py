@@ -35,7 +35,8 @@ def test_gradients_agree_with_float64(small: tuple[dict[str, Any], Path]) -> Non
                 assert point["ways"][name]["error"][part]["relative"] < 1e-4, (name, part)
         assert point["ways"]["torch"]["error"]["weight"]["relative"] < 1e-5
         assert point["ways"]["tile"]["absent"] == "needs CUDA"
-        assert point["speedup"]["over_trl"] > 0
+        took = {n: e["seconds"] for n, e in point["ways"].items() if "seconds" in e}
+        assert point["speedup"]["over_trl"] == took["trl"] / took["torch"]
     assert result["gradients_mib"] == pytest.approx((TOKENS + VOCAB) * WIDTH * 4 / 2**20)
     assert result["command"].startswith("python -m onlinesel.bench grpo --batch 1 --tokens 20")
     assert drawing.read_bytes()[:4] == b"\x89PNG"

@@ -17,7 +17,7 @@ from onlinesel.bench import _measure
 from onlinesel.bench._inputs import HeadInputs, HeadSizes
 from onlinesel.bench._measure import CountedProducts, in_fresh_process, take_turns
 from onlinesel.bench._settings import find_device
-from onlinesel.bench._text import table, unmeasured
+from onlinesel.bench._text import speed_of, table, unmeasured
 from onlinesel.bench._ways import Way, compare, own_failures
 
 CPU = torch.device("cpu")
@@ -98,6 +98,7 @@ def test_what_does_not_run_says_why() -> None:
     assert unmeasured(entries)[:2] == ["missing: not installed", "gpu: needs CUDA"]
     lines = table("T", entries, [("x", lambda entry: entry["error"].get("x"), ".1f")]).splitlines()
     assert lines[2].split() == ["a", "2.0"] and lines[3] == "roof"
+    assert speed_of({"seconds": 2.0})[1]({"seconds": 8.0}) == 0.25
     assert lines[5:7] == [
         "gpu      needs CUDA",
         "broken   failed: RuntimeError: no kernel for this",

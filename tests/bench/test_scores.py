@@ -43,7 +43,13 @@ def test_all_ways_agree_and_the_json_says_where(small: tuple[dict[str, Any], Pat
         for way in ("plain", "uds"):
             for name in ("nuclear_norm", "embedding"):
                 assert point["uds"][way]["error"][name]["relative"] < 1e-5, (way, name)
-        assert point["speedup"]["uds"] > 0 and point["token_scores"]["torch"]["seconds"] > 0
+        took = {n: e["seconds"] for n, e in point["token_scores"].items() if "seconds" in e}
+        took |= {n: e["seconds"] for n, e in point["uds"].items()}
+        ratios = point["speedup"]
+        assert ratios["uds"] == took["plain"] / took["uds"]
+        ours = took["uds"] + took["once_gram"] + took["once_fold"]
+        assert ratios["uds_paying_once_every_batch"] == pytest.approx(took["plain"] / ours)
+        assert ratios["token_scores_over_trl"] == took["trl"] / took["torch"]
     assert result["command"].startswith(
         "python -m onlinesel.bench scores --batch 1 --tokens 6 --width 8,16 --vocab 300"
     )
