@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from onlinesel.kernels._state import LogitState
 from onlinesel.kernels._stream import stream_state
 from onlinesel.kernels.head import LMHead
 
-__all__ = ["BACKENDS", "MEASURED", "Measured", "choose_backend", "logit_state"]
+__all__ = ["BACKENDS", "MEASURED", "Measured", "backend_for", "choose_backend", "logit_state"]
 
 BACKENDS = ("auto", "torch", "tile", "triton")
 
@@ -52,6 +53,8 @@ def choose_backend(
     dtype: torch.dtype,
     width: int,
     measured: Sequence[Measured] | None = None,
+    *,
+    tiled: bool = False,
 ) -> str:
     """Return the backend that runs: ``"torch"``, ``"tile"`` or ``"triton"``.
 
@@ -62,6 +65,7 @@ def choose_backend(
         dtype: Dtype of hidden states and weight together; float64 is for ``"torch"`` alone.
         width: Hidden size.
         measured: Table to look into, or None for :data:`MEASURED`.
+        tiled: The weight is made tile by tile, so there is none for the fused kernel to read.
 
     Raises:
         ValueError: The backend is unknown, or cannot run on this device or dtype.
@@ -72,12 +76,20 @@ def choose_backend(
             f"{owner}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}. "
             'Pass "auto" to let the device decide.'
         )
+    if backend == "triton" and tiled:
+        raise ValueError(
+            f'{owner}: backend must be "auto", "tile" or "torch" for a head that is quantised or '
+            "has adapters, got 'triton'. The fused kernel reads a weight in memory: merge the "
+            "adapters or dequantise the head for it."
+        )
     if backend == "torch":
         return "torch"
     present = importlib.util.find_spec("triton") is not None
     if backend == "auto":
         if device.type != "cuda" or dtype == torch.float64 or not present:
             return "torch"
+        if tiled:
+            return "tile"
         return _fastest(torch.cuda.get_device_capability(device), dtype, width, measured)
     if dtype == torch.float64:
         raise ValueError(
@@ -94,6 +106,23 @@ def choose_backend(
             "Triton kernels need a CUDA device."
         )
     return backend
+
+
+def backend_for(
+    owner: str, backend: str, states: Tensor, head: LMHead, dtype: torch.dtype | None = None
+) -> str:
+    """Return the backend that runs for these states and this head, see :func:`choose_backend`.
+
+    Args:
+        owner: Who asks, for errors.
+        backend: What the caller asked for.
+        states: ``(n, d)``.
+        head: The head.
+        dtype: Of the factors, or None for what holds both.
+    """
+    dtype = dtype or torch.promote_types(states.dtype, head.weight.dtype)
+    tiled = head.made is not None
+    return choose_backend(owner, backend, states.device, dtype, head.hidden_size, tiled=tiled)
 
 
 def _fastest(
@@ -136,11 +165,34 @@ def logit_state(
             states, head, targets, inverse, squares, spread, vocab_chunk, token_chunk
         )
     head._check_whole()
+    if head.made is not None:
+        # No operation can take a source of rows, so torch.compile breaks its graph here.
+        run = torch.compiler.disable(_made_state) if torch.compiler.is_compiling() else _made_state
+        return run(states, head, targets, inverse, squares, spread, vocab_chunk, token_chunk)
     y, m, s, q, u = torch.ops.onlinesel.logit_state(
         states, head.weight, head.bias, targets, inverse, head.scale, head.softcap, squares,
         spread, backend, vocab_chunk, token_chunk,
     ).unbind(0)  # fmt: skip
     return LogitState(y, m, s, q if squares else None, u if spread else None)
+
+
+def _made_state(
+    states: Tensor,
+    head: LMHead,
+    targets: Tensor,
+    inverse: Tensor | None,
+    squares: bool,
+    spread: bool,
+    vocab_chunk: int | None,
+    token_chunk: int | None,
+) -> LogitState:
+    """Summarise by the tile backend the logits of a head whose rows are made on demand."""
+    tile = importlib.import_module("onlinesel.kernels._tile")
+    # The kernel reads these by place.
+    bias, inverse = (None if x is None else x.contiguous() for x in (head.bias, inverse))
+    given = (states, replace(head, bias=bias), targets.contiguous(), inverse, squares, spread)
+    with full_precision(states.device):
+        return tile.tile_state(*given, vocab_chunk, token_chunk)
 
 
 # One opaque operation: torch.compile keeps it as a node, knows the shape of what it gives, and

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from onlinesel.kernels._rows import RowSource
+
 __all__ = ["exact_products", "full_precision", "keeps_float32", "wide_mm"]
 
 
-def keeps_float32(one: Tensor, two: Tensor) -> bool:
+def keeps_float32(one: Tensor, two: Tensor | RowSource) -> bool:
     """Return whether the device multiplies these two as they are into float32.
 
     CUDA does, for two matrices of one 16-bit type, where torch has ``mm(out_dtype=...)``. Other
-    products need a float32 copy of their factors.
+    products need a float32 copy of their factors. Of the second, the dtype counts.
     """
     narrow = one.dtype == two.dtype and one.dtype in (torch.bfloat16, torch.float16)
     return narrow and one.device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype_out")

@@ -91,17 +91,25 @@ def tile_state(
     total = empty_state(states, torch.float32, squares, spread)
     # The kernel writes into these, and fields of an empty state may share one tensor.
     total = LogitState(*(None if field is None else field.clone() for field in total))  # type: ignore[arg-type]
-    if not keeps_float32(states, head.weight):
+    # In steps, because a float32 copy of all states may be larger than everything else here.
+    reduced = [
+        torch.cat([low.reduced(part.float()) for part in states.split(step)])
+        for low in head.low_rank
+    ]
+    if not keeps_float32(states, head.base):
         states = states.float()
     buffer = states.new_empty(step * width, dtype=torch.float32)
     for start in range(0, vocab, width):
-        weight = head.weight[start : start + width]
+        part = head.part(start, start + width)
+        weight = part.base_rows()
         if not keeps_float32(states, weight):
             weight = weight.float()
         for first in range(0, count, step):
             rows = slice(first, min(first + step, count))
             size = rows.stop - first, weight.shape[0]
             tile = wide_mm(states[rows], weight.T, out=buffer[: size[0] * size[1]].view(size))
+            for states_a, low in zip(reduced, part.low_rank, strict=True):
+                tile.addmm_(states_a[rows], low.b.float().T)
             factor = None if inverse is None else inverse[rows]
             _add_tile(tile, head, targets[rows], factor, total, rows, start)
     return total

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from onlinesel.kernels.head import LMHead, check_hidden
+from onlinesel.kernels._checks import check_hidden
+from onlinesel.kernels.head import LMHead
 
 __all__ = ["Tokens", "inverse_temperature", "put_back", "take_tokens"]
 

@@ -15,106 +15,19 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
+from onlinesel.kernels._checks import check_hidden, check_rows
 from onlinesel.kernels._product import full_precision
-from onlinesel.kernels.head import LMHead, check_hidden, check_rows
+from onlinesel.kernels.gram import HeadGram
+from onlinesel.kernels.head import LMHead
 
-__all__ = ["HeadGram", "logit_nuclear_norm"]
+__all__ = ["logit_nuclear_norm"]
 
 _METHODS = ("auto", "gram", "svd", "polar", "stream")
 _VOCAB_CHUNK = 4096
 _POLAR_STEPS = 10
 _POLAR_LOWER = 1.0e-5  # singular values below this share of the norm may not converge: no matter
 _POLAR_SAFETY = 1.01  # without it, rounding pushes a singular value past 1 and the steps diverge
-
-
-class HeadGram:
-    """The factor ``R`` of an LM head, ``R^T R = W^T W``, kept until it is told to forget.
-
-    It costs one (V, d) by (V, d) product and a Cholesky factorisation, so keep one instance for
-    as long as the head does not change. **Nothing detects a change**: fused optimizers move a
-    weight without moving its version counter. Call :meth:`invalidate` after each step that trains
-    the head, or :meth:`follow` its optimizer; under a small learning rate every tenth step is
-    enough for 1e-3.
-
-    Args:
-        head: The head. A soft cap is allowed here but leaves no use for the factor. Where its
-            weight is a DTensor cut by rows, each rank multiplies its own rows and the products
-            are summed over the ranks: :meth:`root` is then a collective.
-        root: The factor, if it is known; then ``head`` may be an outline.
-
-    Example:
-        >>> import torch
-        >>> weight = torch.tensor([[3.0, 0.0], [4.0, 0.0], [0.0, 2.0]])
-        >>> gram = HeadGram(LMHead(weight))
-        >>> gram.root().T @ gram.root()
-        tensor([[25.,  0.],
-                [ 0.,  4.]])
-    """
-
-    def __init__(self, head: LMHead, root: Tensor | None = None) -> None:
-        self._head = head
-        self._root = root
-
-    @property
-    def head(self) -> LMHead:
-        """The head the factor belongs to."""
-        return self._head
-
-    def invalidate(self, head: LMHead | None = None) -> None:
-        """Forget the factor, because the weight changed.
-
-        Args:
-            head: The head to use from now on, when it is a new object (adapters on the head).
-        """
-        self._root = None
-        self._head = self._head if head is None else head
-
-    def follow(self, optimizer: torch.optim.Optimizer, every: int = 10) -> RemovableHandle:
-        """Invalidate the factor after every so many steps of an optimizer.
-
-        For a head whose tensors are the trained ones. One that was summed from adapters must be
-        built again: call :meth:`invalidate` with it.
-
-        Args:
-            optimizer: The one that moves the head's weight.
-            every: Steps that one factor serves.
-
-        Returns:
-            A handle; its ``remove()`` ends it.
-
-        Raises:
-            ValueError: ``every`` is below 1.
-        """
-        if every < 1:
-            raise ValueError(
-                f"HeadGram.follow: every must be at least 1, got {every}. Pass 1 to compute the "
-                "factor again after each step."
-            )
-        steps = 0
-
-        def after(*_: object) -> None:
-            nonlocal steps
-            steps += 1
-            if steps % every == 0:
-                self.invalidate()
-
-        return optimizer.register_step_post_hook(after)
-
-    def root(self) -> Tensor:
-        """Return ``R``, computing it on the first call.
-
-        Returns:
-            ``(d, d)``, or ``(d + 1, d + 1)`` with a bias, whose column is the last; float32, or
-            float64 for a float64 weight. Without the scale of the head.
-        """
-        if self._root is None:
-            weight = self._head.weight
-            with full_precision(weight.device):
-                dtype = torch.promote_types(weight.dtype, torch.float32)
-                self._root = _factor(_gram(self._head)).to(dtype)
-        return self._root
 
 
 def logit_nuclear_norm(
@@ -204,35 +117,6 @@ def _choose(method: str, head: LMHead, device: torch.device) -> str:
             f"{method!r}. Soft-capped logits are not linear in hidden, so the shortcut is off."
         )
     return method
-
-
-def _gram(head: LMHead) -> Tensor:
-    """Return ``W^T W`` in float64, the bias being the last column of ``W``."""
-    weight = head.weight
-    # Squaring halves the digits, so the CPU, where float64 is cheap, multiplies in it as well.
-    exact = weight.dtype == torch.float64 or weight.device.type == "cpu"
-    dtype = torch.float64 if exact else torch.float32
-
-    def product(_: slice, rows: Tensor, bias: Tensor | None) -> Tensor:
-        columns = rows.to(dtype)
-        if bias is not None:
-            columns = torch.cat((columns, bias.to(dtype).unsqueeze(1)), 1)
-        return (columns.T @ columns).double()
-
-    return head.sum_over_vocabulary(product, _VOCAB_CHUNK)
-
-
-def _factor(matrix: Tensor) -> Tensor:
-    """Return ``R`` with ``R^T R = matrix`` (positive semidefinite, float64)."""
-    lower, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) == 0:
-        return lower.T
-    if not bool(torch.isfinite(matrix).all()):
-        return torch.full_like(matrix, torch.nan)
-    # Fewer independent vocabulary entries than hidden units. Rare and once per weight version, so
-    # it runs on the CPU, whose solver is the reliable one.
-    values, vectors = torch.linalg.eigh(matrix.cpu())
-    return (values.clamp(min=0.0).sqrt().unsqueeze(1) * vectors.T).to(matrix.device)
 
 
 def _root_for(gram: HeadGram, head: LMHead) -> Tensor:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from onlinesel.kernels._backend import choose_backend, logit_state
+from onlinesel.kernels._apart import AdapterGradient, HeadForm, put_together, take_apart
+from onlinesel.kernels._backend import backend_for, logit_state
 from onlinesel.kernels._product import full_precision, keeps_float32, wide_mm
 from onlinesel.kernels._shards import held
 from onlinesel.kernels._state import (
@@ -53,7 +54,8 @@ def policy_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Return log-probability of each label and entropy of each prediction, with gradients.
 
-    Gradients reach ``hidden`` and those tensors of the head that require them; the head of
+    Gradients reach ``hidden`` and those tensors of the head that require them, the factors of LoRA
+    adapters included; a source of rows, such as a quantised weight, has none. The head of
     ``LMHead.from_model`` is detached unless it was read with ``detach=False``. The temperature has
     no gradient, and there is no second derivative. Sums are float32, or float64 when an input is;
     on CUDA the gradient of bfloat16 logits is bfloat16, as in plain bfloat16 training.
@@ -93,11 +95,10 @@ def policy_logprobs(
     )
     states = tokens.states
     dtype = _product_dtype(torch.promote_types(states.dtype, head.weight.dtype), compute_dtype)
-    chosen = choose_backend("policy_logprobs", backend, states.device, dtype, head.hidden_size)
-    plan = _Plan(head.scale, head.softcap, chosen, vocab_chunk, token_chunk, compute_dtype)
-    logprobs, entropy = _Policy.apply(
-        states, head.weight, head.bias, tokens.targets, tokens.inverse, plan
-    )
+    chosen = backend_for("policy_logprobs", backend, states, head, dtype)
+    form, tensors = take_apart(head)
+    plan = _Plan(form, chosen, vocab_chunk, token_chunk, compute_dtype)
+    logprobs, entropy = _Policy.apply(states, tokens.targets, tokens.inverse, plan, *tensors)
     return put_back(logprobs, tokens), put_back(entropy, tokens)
 
 
@@ -119,8 +120,7 @@ def _product_dtype(given: torch.dtype, compute_dtype: torch.dtype | None) -> tor
 class _Plan(NamedTuple):
     """What is no tensor."""
 
-    scale: float
-    softcap: float | None
+    form: HeadForm
     backend: str
     vocab_chunk: int | None
     token_chunk: int | None
@@ -156,13 +156,12 @@ class _Policy(torch.autograd.Function):
     def forward(
         ctx: Any,
         states: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
         targets: Tensor,
         inverse: Tensor | None,
         plan: _Plan,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        head = LMHead(weight, bias, plan.scale, plan.softcap)
+        head = put_together(plan.form, tensors)
         ctx.dtype, ctx.plan = states.dtype, plan
         states = states.to(plan.compute_dtype or states.dtype)
         with full_precision(states.device):
@@ -171,7 +170,7 @@ class _Policy(torch.autograd.Function):
             label, others = certainty(state)
             normaliser = log_normaliser(state)
         ctx.save_for_backward(
-            states, weight, bias, targets, inverse, normaliser, label, others, *scores.values()
+            states, targets, inverse, normaliser, label, others, *scores.values(), *tensors
         )
         ctx.set_materialize_grads(False)
         return -scores["nll"], scores["entropy"]
@@ -179,10 +178,11 @@ class _Policy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_logprob: Tensor | None, of_entropy: Tensor | None) -> Any:
-        states, weight, bias, targets, inverse, normaliser, *rest = ctx.saved_tensors
+        states, targets, inverse, normaliser, *rest = ctx.saved_tensors
+        rest, tensors = rest[:4], rest[4:]
         # Held by every rank, whether a token of its own is left or not.
-        with held(weight, bias), full_precision(states.device):
-            head = LMHead(weight, bias, ctx.plan.scale, ctx.plan.softcap)
+        with held(*tensors), full_precision(states.device):
+            head = put_together(ctx.plan.form, tensors)
             zeros = torch.zeros_like(normaliser)
             given = zeros if of_logprob is None else of_logprob
             used = given != 0  # true for nan
@@ -198,13 +198,13 @@ class _Policy(torch.autograd.Function):
                 states[kept], targets[kept], None if inverse is None else inverse[kept],
                 normaliser[kept], entropy, at_label, given[kept], of_entropy,
             )  # fmt: skip
-            wanted = ctx.needs_input_grad[:3]
-            narrow, of_weight, of_bias = _gradients(rows, head, wanted, ctx.plan)
+            wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
+            narrow, of_tensors = _gradients(rows, head, wanted, ctx.plan)
             of_states = None
             if narrow is not None:
                 of_states = states.new_zeros(states.shape, dtype=ctx.dtype)
                 of_states.index_copy_(0, kept, narrow.to(ctx.dtype))
-        return of_states, of_weight, of_bias, None, None, None
+        return of_states, None, None, None, *of_tensors
 
 
 def _summary(
@@ -218,7 +218,7 @@ def _summary(
             plan.token_chunk,
         )  # fmt: skip
 
-    if plan.compute_dtype in (None, head.weight.dtype):
+    if plan.compute_dtype in (None, head.base.dtype):
         return summarise(head, 0)
     total = None
     for start in range(0, head.vocab_size, _ROUNDED_ENTRIES):
@@ -231,41 +231,52 @@ def _summary(
 
 def _gradients(
     rows: _Rows, head: LMHead, wanted: tuple[bool, ...], plan: _Plan
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of the states of these tokens, of the weight and of the bias."""
-    weight, bias, dtype = head.weight, head.bias, rows.log_norm.dtype
-    width, step = tile_shape(weight.device, head.vocab_size, plan.vocab_chunk, plan.token_chunk)
-    kind = plan.compute_dtype or weight.dtype
-    cast = kind != weight.dtype
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Return the gradients of the states of these tokens, and of the tensors of the head."""
+    dtype, base, bias = rows.log_norm.dtype, head.base, head.bias
+    width, step = tile_shape(head.device, head.vocab_size, plan.vocab_chunk, plan.token_chunk)
+    kind = plan.compute_dtype or base.dtype
+    cast = kind != base.dtype
     # Where the device multiplies 16-bit factors into float32, nothing is copied.
-    narrow = keeps_float32(rows.states, weight[:0].to(kind))
+    narrow = keeps_float32(rows.states, rows.states.new_empty(0, dtype=kind))
     factors = rows.states if narrow else rows.states.to(dtype)
     of_states = torch.zeros_like(factors, dtype=dtype) if wanted[0] else None
-    of_weight = torch.zeros_like(weight) if wanted[1] else None
+    of_weight = torch.zeros_like(base) if isinstance(base, Tensor) and wanted[1] else None
     of_bias = torch.zeros_like(bias) if bias is not None and wanted[2] else None
-    if not any(wanted) or not len(factors):
-        return of_states, of_weight, of_bias
-    for start in range(0, head.vocab_size, width):
+    adapters = [
+        AdapterGradient(low, factors, step, dtype, wanted[3 + 2 * i : 5 + 2 * i])
+        for i, low in enumerate(head.low_rank)
+    ]
+    entries_left = head.vocab_size if any(wanted) and len(factors) else 0
+    for start in range(0, entries_left, width):
         part = head.part(start, start + width, kind if cast or narrow else dtype)
         part = part if narrow else part.part(0, width, dtype)
-        sums = torch.zeros_like(part.weight, dtype=dtype) if wanted[1] else None
+        entries, weight = slice(start, start + part.vocab_size), part.base_rows()
+        sums = torch.zeros_like(weight, dtype=dtype) if of_weight is not None else None
         bias_sums = torch.zeros(part.vocab_size, dtype=dtype, device=weight.device)
         for first in range(0, len(factors), step):
             here = slice(first, first + step)
             dz = _tile_gradient(_slice(rows, here), factors[here], part, start)
             if of_bias is not None:
                 bias_sums += dz.sum(0)
+            for adapter in adapters:
+                adapter.add(dz, here, entries)
             if narrow and kind == torch.bfloat16:  # float16 would lose small gradients
                 dz = dz.to(kind)
             if of_states is not None:
-                of_states[here] += _multiply(dz, part.weight)
+                of_states[here] += _multiply(dz, weight)
             if sums is not None:
                 sums += _multiply(dz.T, factors[here])
         if of_weight is not None and sums is not None:
-            of_weight[start : start + width] = sums.to(weight.dtype)
+            of_weight[entries] = sums.to(of_weight.dtype)
         if of_bias is not None:
-            of_bias[start : start + width] = bias_sums.to(of_bias.dtype)
-    return of_states, of_weight, of_bias
+            of_bias[entries] = bias_sums.to(of_bias.dtype)
+    thin: list[Tensor | None] = []
+    for adapter in adapters:
+        if of_states is not None:
+            adapter.add_to_states(of_states)
+        thin.extend(adapter.of_factors())
+    return of_states, [of_weight, of_bias, *thin]
 
 
 def _tile_gradient(rows: _Rows, factors: Tensor, part: LMHead, start: int) -> Tensor:
@@ -298,9 +309,11 @@ def _tile_gradient(rows: _Rows, factors: Tensor, part: LMHead, start: int) -> Te
 
 def _logits(factors: Tensor, part: LMHead, dtype: torch.dtype) -> Tensor:
     """Return the logits of a tile before the temperature, in the accumulation dtype."""
-    if not keeps_float32(factors, part.weight):
+    if not keeps_float32(factors, part.base):
         return part.logits(factors)
-    z = wide_mm(factors, part.weight.T)
+    z = wide_mm(factors, part.base_rows().T)
+    for low in part.low_rank:
+        z.addmm_(low.reduced(factors.to(dtype)), low.b.to(dtype).T)
     if part.bias is not None:
         z.add_(part.bias.to(dtype))
     z.mul_(part.scale)

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onlinesel.kernels._checks import check_hidden, check_rows
+from onlinesel.kernels._columns import merge_columns, sum_over_vocabulary
 from onlinesel.kernels._product import full_precision
-from onlinesel.kernels.head import LMHead, check_hidden, check_rows
+from onlinesel.kernels.head import LMHead
 
 __all__ = ["JLProjector"]
 
@@ -139,19 +141,15 @@ class JLProjector:
                 f"JLProjector.fold: head must have no soft cap, got {head.softcap}. Soft-capped "
                 "logits are not linear in hidden: pass the head itself to project()."
             )
-        weight = head.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = torch.promote_types(head.weight.dtype, torch.float32)
 
-        def product(entries: slice, rows: Tensor, bias: Tensor | None) -> Tensor:
-            columns = self._columns(entries.start, entries.stop, rows.device).to(dtype)
-            top = (rows.to(dtype).T @ columns).double()
-            if bias is None:
-                return top
-            return torch.cat((top, (bias.to(dtype) @ columns).double().unsqueeze(0)))
+        def product(entries: slice, columns: Tensor) -> Tensor:
+            signs = self._columns(entries.start, entries.stop, columns.device)
+            return (columns.T @ signs.to(dtype)).double()
 
-        with full_precision(weight.device):
-            total = head.sum_over_vocabulary(product, _VOCAB_CHUNK)
-        return (total * head.scale).to(dtype)
+        with full_precision(head.device):
+            total = sum_over_vocabulary(head, product, _VOCAB_CHUNK, dtype)
+            return (merge_columns(head, total) * head.scale).to(dtype)
 
     def project(
         self,

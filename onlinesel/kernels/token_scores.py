@@ -12,6 +12,7 @@ numbers up to rounding:
 ``"triton"``
     On CUDA, with triton. Product and summary in one kernel; beside the result it needs 20 bytes
     per token and 8,192 vocabulary entries. Its ``vocab_chunk`` and ``token_chunk`` are fixed.
+    It reads the weight in memory, so it refuses a head that is quantised or has adapters.
 
 ``"auto"`` takes torch on a CPU, for float64, and where triton is not installed. On CUDA it takes
 what was measured to be fastest for the device, dtype and hidden size; **no GPU has run these
@@ -28,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from onlinesel.kernels._backend import choose_backend, logit_state
+from onlinesel.kernels._backend import backend_for, logit_state
 from onlinesel.kernels._product import full_precision
 from onlinesel.kernels._state import LogitState, merge_parts, state_scores
 from onlinesel.kernels._tokens import Tokens, put_back, take_tokens
@@ -172,8 +173,7 @@ def _summarise(
 ) -> LogitState:
     """Return the state of the tokens over the whole vocabulary."""
     states, targets = tokens.states, tokens.targets
-    dtype = torch.promote_types(states.dtype, head.weight.dtype)
-    chosen = choose_backend("token_scores", backend, states.device, dtype, head.hidden_size)
+    chosen = backend_for("token_scores", backend, states, head)
     squares, spread = bool({"el2n", "sum_sq"} & set(outputs)), "entropy" in outputs
     if shard is not None:
         targets = targets - shard.first

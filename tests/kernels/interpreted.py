@@ -6,6 +6,8 @@ It is not collected by itself: TRITON_INTERPRET must be set before triton is imp
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from onlinesel.kernels import LMHead, TokenScores, policy_logprobs, token_scores
 from onlinesel.kernels import _fused as fused
 from onlinesel.kernels import _tile as tile
 from onlinesel.kernels._state import LogitState, merge_states, state_scores
+from tests.kernels.made_heads import in_memory, made_head
 from tests.kernels.test_token_scores import NUMBERS, naive, sample
 
 SMALL = fused.Blocks(16, 32, 16, 4, 2, tiles=2, together=2)  # many tiles, splits and groups
@@ -234,3 +237,50 @@ def test_compiled_without_a_break(backend: str) -> None:
 
     compiled = torch.compile(score, fullgraph=True, backend="eager")
     assert torch.equal(compiled(hidden, labels), score(hidden, labels))
+
+
+@pytest.mark.parametrize("kind", ["rows", "lora", "qlora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_that_are_made_tile_by_tile(kind: str, dtype: torch.dtype) -> None:
+    options: dict[str, Any] = {"dtype": dtype, "thin": torch.float32, "std": 5.0}
+    for softcap in (None, 6.0):
+        head = made_head(kind, v=203, d=24, bias=True, scale=-0.8, softcap=softcap, **options)
+        whole = in_memory(head, torch.float64)
+        hidden = torch.randn(9, 24, generator=torch.Generator().manual_seed(4)).to(dtype)
+        labels, temperature = torch.arange(9) * 25, torch.linspace(0.5, 2.0, 9)
+        true = naive(hidden, whole, labels, temperature)
+        assert_accurate(run(hidden, head, labels, "tile", temperature=temperature), true)
+        spaced = torch.zeros(406, dtype=head.bias.dtype)  # type: ignore[union-attr]
+        spaced[::2] = head.bias  # type: ignore[assignment]
+        wide = replace(head, bias=spaced[::2])
+        assert_accurate(run(hidden, wide, labels, "tile", temperature=temperature), true)
+        with pytest.raises(
+            ValueError, match='backend must be "auto", "tile" or "torch" for a head'
+        ):
+            run(hidden, head, labels, "triton")
+
+
+def test_a_head_that_is_made_breaks_the_graph_and_no_more() -> None:
+    head = made_head("qlora", v=203, d=24, dtype=torch.float32)
+    hidden, labels = torch.randn(5, 24), torch.arange(5)
+
+    def score(states: Tensor, targets: Tensor) -> Tensor:
+        out = token_scores(states, head, targets, backend="tile", padded=True)
+        assert out.el2n is not None
+        return out.el2n * 2
+
+    compiled = torch.compile(score, backend="eager")
+    torch.testing.assert_close(compiled(hidden, labels), score(hidden, labels))
+
+
+@pytest.mark.parametrize("kind", ["rows", "lora", "qlora"])
+def test_policy_logprobs_over_heads_that_are_made(kind: str) -> None:
+    head = made_head(kind, v=90, d=16, dtype=torch.float32)
+    hidden = torch.randn(9, 16, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    wanted = [hidden, *(x.requires_grad_() for low in head.low_rank for x in (low.a, low.b))]
+    found = []
+    for backend in ("tile", "torch"):
+        both = policy_logprobs(hidden, head, torch.arange(9), 0.7, backend=backend)
+        found.append([*both, *torch.autograd.grad(both[0].sum() + both[1].sum(), wanted)])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=2e-5)

@@ -25,8 +25,9 @@ class LargestTensor(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         given = {storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(out):
-            fresh = isinstance(leaf, Tensor) and storage(leaf) not in given
-            if fresh and leaf.numel() > self.numel:
+            # A tensor on the meta device is a form without memory.
+            held = isinstance(leaf, Tensor) and not leaf.is_meta
+            if held and storage(leaf) not in given and leaf.numel() > self.numel:
                 self.numel, self.where = leaf.numel(), f"{func} -> {tuple(leaf.shape)}"
         return out
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -93,6 +94,36 @@ def reduced(vocab: int, mesh: Any) -> None:
     same(f"reduced {vocab}")
 
 
+def adapted(vocab: int, mesh: Any) -> None:
+    """Under adapters, whose factors are sharded too, each rank works on its rows of the base."""
+    model = Biased(vocab)
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=2, lora_alpha=6, target_modules=["lm_head"], init_lora_weights=False),
+        model,
+    )
+    model.double()
+    projector = JLProjector(vocab, 16, vocab_dim=4, time_dim=2)
+    plain = LMHead.from_model(model)
+    expected = HeadGram(plain).root(), projector.fold(plain)
+    fully_shard(model, mesh=mesh)
+    with LargestTensor() as largest:
+        head = LMHead.from_model(model, sharded=True)
+        gram = HeadGram(head)
+        root, folded = gram.root(), projector.fold(head)
+    assert isinstance(head.base, DTensor) and head.frozen
+    if vocab > 100:
+        assert largest.numel <= (vocab + 1) // 2 * 35, (largest.numel, largest.where)
+    for ours, theirs in ((root.T @ root, expected[0].T @ expected[0]), (folded, expected[1])):
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-12
+    gram.invalidate()
+    torch.testing.assert_close(gram.root(), root)
+    states = torch.ones(1, 32).double()
+    torch.testing.assert_close(head.whole().logits(states), plain.logits(states))
+    with pytest.raises(TypeError, match="LMHead: weight must be whole where logits are made"):
+        token_scores(states, head, torch.tensor([0]))
+    same(f"adapted {vocab}")
+
+
 def cut_otherwise(mesh: Any) -> None:
     """A weight that is cut by columns, or not cut, gives the same through the whole one."""
     weight = torch.randn(65, 32, generator=torch.Generator().manual_seed(2))
@@ -140,6 +171,8 @@ if __name__ == "__main__":
     two = init_device_mesh("cpu", (2,))
     for vocabulary in (1, 3, 65, 4097):
         reduced(vocabulary, two)
+    for vocabulary in (3, 4097):
+        adapted(vocabulary, two)
     cut_otherwise(two)
     scored_in_parts()
     for ties, alone_sharded in ((False, False), (True, False), (False, True)):

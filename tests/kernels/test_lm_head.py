@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from onlinesel.kernels import LMHead
+from onlinesel.kernels import LMHead, policy_logprobs
 
 SMALL = {
     "vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
@@ -30,12 +30,12 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, **sizes: int) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     kind = "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
     if not hasattr(transformers, kind):
         pytest.skip(f"this transformers has no {kind}")
-    config = getattr(transformers, f"{name}Config")(**{**SMALL, **MODELS[name]})
+    config = getattr(transformers, f"{name}Config")(**{**SMALL, **MODELS[name], **sizes})
     torch.manual_seed(0)
     model = getattr(transformers, kind)(config).eval()
     with torch.no_grad():  # the default initialisation is too small for a cap to matter
@@ -103,8 +103,63 @@ def test_reads_peft(kind: str, use: str) -> None:
             states, logits = run(model, layer)
             head = LMHead.from_model(model)
     torch.testing.assert_close(head.logits(states), logits, rtol=1e-4, atol=1e-4)
-    assert torch.equal(head.weight, before) == (use == "off")
-    assert not head.weight.requires_grad
+    assert len(head.low_rank) == (kind.startswith("lora") and use == "on")
+    assert torch.equal(head.base_rows(), before) == (use == "off" or bool(head.low_rank))
+    assert not any(x.requires_grad for low in head.low_rank for x in (low.a, low.b, head.base))
+    assert head.weight.is_meta == bool(head.low_rank)  # whoever reads it alone fails aloud
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_head_follows_its_adapters_in_place(trains: bool) -> None:
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    model = peft.get_peft_model(build("Llama"), options).eval()
+    layer = model.get_base_model().get_output_embeddings()
+    layer.base_layer.weight.requires_grad_(trains)
+    head = LMHead.from_model(model)
+    assert head.frozen is not trains
+    states, before = run(model, layer)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.linspace(-1, 1, parameter.numel()).reshape(parameter.shape))
+    logits = run(model, layer)[1]
+    assert (logits - before).abs().max() > 1.0
+    torch.testing.assert_close(head.logits(states), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_reach_the_factors_that_peft_trains() -> None:
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["lm_head"], lora_bias=True)
+    options.init_lora_weights = False
+    model = peft.get_peft_model(build("GPTJ"), options).eval()  # its head has a bias
+    ids = torch.arange(3, 15).reshape(2, 6)
+    labels = torch.arange(20, 32).reshape(2, 6)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 3  # A, B and the bias of B
+    states, _ = run(model, model.get_base_model().get_output_embeddings())
+    log_p = torch.log_softmax(model(input_ids=ids).logits, -1)
+    true = log_p.gather(2, labels.unsqueeze(2)).squeeze(2)
+    ours, _ = policy_logprobs(states, LMHead.from_model(model, detach=False), labels)
+    torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-4)
+    push = torch.linspace(-1, 1, 12).reshape(2, 6)
+    for one, two in zip(
+        torch.autograd.grad(ours, list(trained.values()), push),
+        torch.autograd.grad(true, list(trained.values()), push), strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_trainable_tokens_need_a_plain_weight() -> None:
+    layer = SimpleNamespace(
+        get_merged_weights=lambda names: None,
+        base_layer=SimpleNamespace(
+            base_layer=nn.Linear(2, 3), scaling={"x": 1.0}, active_adapters=["x"],
+            lora_A={"x": nn.Linear(2, 1)}, lora_B={"x": nn.Linear(1, 3)},
+        ),
+    )  # fmt: skip
+    model = SimpleNamespace(get_output_embeddings=lambda: layer)
+    with pytest.raises(TypeError, match="trainable tokens of the head must be over a plain weight"):
+        LMHead.from_model(model)
 
 
 def test_other_adapters_and_variants_are_refused() -> None:
