@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from onlinesel.callbacks._attach import overridden
 
-__all__ = ["HELD", "SCORER", "HeldRows", "Replay", "check_limit", "refuse"]
+__all__ = ["HELD", "SCORER", "Audit", "HeldRows", "Replay", "check_limit", "refuse"]
 
 HELD = "onlinesel_held"
 """Batch key of the :class:`HeldRows` of a micro-batch that trains."""
@@ -27,7 +27,71 @@ HELD = "onlinesel_held"
 SCORER = "Only the default scorer is known to forward each batch as in training."
 _OTHERWISE = "Forward each micro-batch once, with the model in training mode."
 
-_TOLERANCE = 5e-3  # of a recomputed layer in float32; TF32 and other shapes of a product stay below
+_WIDE, _NARROW = 5e-3, 5e-2
+"""What a token may move when its layer is computed again among other rows, in float32 (TF32 is
+below) and in 16 bits."""
+
+
+class Audit:
+    """How far recomputed layers are from what was held, and what that may be.
+
+    A token counts as much as another, however large its states are: single tokens and channels of
+    language models are so large that one norm over all would show nothing else. Nothing waits for
+    the device until :meth:`check`.
+
+    Attributes:
+        at_once: Whether each layer is checked when it is recomputed, and not at the step's end.
+    """
+
+    def __init__(self) -> None:
+        self.at_once = True
+        self._compared = False
+        self._worst: dict[tuple[str, float], Tensor] = {}
+
+    def compare(
+        self, layer: str, before: Tensor, now: Tensor, known: Tensor, dtype: torch.dtype
+    ) -> None:
+        """Compare one call of a layer.
+
+        Args:
+            layer: Its name in the error.
+            before: ``(n, T, d)`` what was held.
+            now: ``(n, T, d)`` what it gives.
+            known: ``(n, T)`` bool, the tokens that count.
+            dtype: In which the layer multiplies.
+        """
+        apart = torch.linalg.vector_norm(before.float() - now.float(), dim=2)
+        size = torch.linalg.vector_norm(before.float(), dim=2).clamp(min=1e-20)
+        error = torch.where(known, apart / size, 0.0).sum() / known.sum().clamp(min=1)
+        wide = dtype in (torch.float32, torch.float64)
+        key = layer, _WIDE if wide else _NARROW
+        error = error.to(self._worst[key].device) if key in self._worst else error
+        self._worst[key] = torch.maximum(self._worst.get(key, error), error)
+        self._compared = True
+        if self.at_once:
+            self.check()
+
+    def finish(self) -> None:
+        """End a step: from the second on one look at its end is enough."""
+        self.check()
+        self.at_once = not self._compared
+
+    def check(self) -> None:
+        """Stop where a layer gave its rows something else.
+
+        Raises:
+            ValueError: The gradient was not that of the step.
+        """
+        worst, self._worst = self._worst, {}
+        for (layer, allowed), error in worst.items():
+            if float(error) > allowed:
+                refuse(
+                    "layers", "such that the rows that train come out as among all candidates",
+                    f"tokens of {layer} that are {float(error):.1%} apart",
+                    "The layer depends on the rest of the batch, on chance or on what changes "
+                    "between scoring and training, or positions follow the padding. Pad on the "
+                    "right, or set it to False.",
+                )  # fmt: skip
 
 
 @dataclass
@@ -39,14 +103,14 @@ class HeldRows:
         values: Output of each call, ``(n, T, d)``, 0 where nothing is held; None for no row.
         known: ``(n, T)`` bool, tokens of which the outputs are held and that are no padding.
         fresh: ``(f,)`` int64 rows of which nothing is held.
-        audit: Whether the backward compares what it recomputes with what was held.
+        audit: Is told how far recomputed layers are from what was held.
     """
 
     layers: list[nn.Module]
     values: list[Tensor | None]
     known: Tensor
     fresh: Tensor
-    audit: bool
+    audit: Audit
 
 
 def refuse(argument: str, rule: str, got: object, remedy: str) -> NoReturn:
@@ -85,17 +149,19 @@ class Replay:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        layers = [] if self._held is None else self._held.layers
         self.cancel()
-        if kind is None and self._held is not None and self._count != len(self._held.layers):
+        if kind is None and self._count not in (0, len(layers)):  # 0: the batch was skipped
             refuse(
                 "checkpointed layers",
-                f"called as often as in the scoring forward ({len(self._held.layers)} times)",
+                f"called as often as in the scoring forward ({len(layers)} times)",
                 self._count, _OTHERWISE,
             )  # fmt: skip
 
     def cancel(self) -> None:
         """Give the layers back, whatever was forwarded."""
         self._overridden.close()
+        self._held = None
 
     def _call(self, layer: nn.Module, function: partial[Tensor], *args: Any) -> Tensor:
         """Stand in for ``checkpoint(function, *args)``."""
@@ -138,6 +204,8 @@ class _Call:
             torch.autocast, device, torch.get_autocast_dtype(device),
             torch.is_autocast_enabled(device), torch.is_autocast_cache_enabled(),
         )  # fmt: skip
+        narrow = torch.is_autocast_enabled(device)
+        self._dtype = torch.get_autocast_dtype(device) if narrow else None
         self._value = value
         self._fresh, self._known, self._audit = held.fresh, held.known, held.audit
 
@@ -150,10 +218,9 @@ class _Call:
         value = self._value
         if value is None:
             return self.function(*args)
+        self._fresh = self._fresh.to(value.device)  # layers may lie on several devices
         if self._fresh.numel():
             value.index_copy_(0, self._fresh, self._fresh_rows(args).to(value.dtype))
-        if not self._audit:
-            self._value = None
         return value.detach()
 
     def _fresh_rows(self, args: tuple[Any, ...]) -> Tensor:
@@ -172,22 +239,14 @@ class _Call:
             return value.index_select(0, self._fresh)
         return value
 
-    def check(self, output: Tensor) -> None:
-        """Refuse a layer that gives its rows another output than among all candidates."""
+    def compare(self, output: Tensor) -> None:
+        """Tell the audit what the layer gives now; what it gave is the next layer's input."""
         value, self._value = self._value, None
-        if value is None:
-            return
-        known = self._known
-        before, now = value[known].float(), output.detach()[known].float()
-        error = float((before - now).norm() / before.norm())
-        allowed = _TOLERANCE if value.dtype in (torch.float32, torch.float64) else 10 * _TOLERANCE
-        if error > allowed:
-            refuse(
-                "layers",
-                "such that the rows that train come out as among all candidates",
-                f"outputs of {type(self.layer).__name__} that are {error:.1%} apart",
-                "The layer depends on the rest of the batch or on chance: set it to False.",
-            )
+        if value is not None:
+            self._audit.compare(
+                type(self.layer).__name__, value, output.detach(), self._known.to(value.device),
+                self._dtype or value.dtype,
+            )  # fmt: skip
 
 
 class _Recomputed(torch.autograd.Function):
@@ -210,7 +269,7 @@ class _Recomputed(torch.autograd.Function):
             args[i] = tensor.detach().requires_grad_(tensor.requires_grad)
         with torch.enable_grad(), ctx.call.autocast():
             output = ctx.call.function(*args)
-        ctx.call.check(output)
+        ctx.call.compare(output)
         inputs = [*args, *ctx.call.parameters()]
         wanted = [i for i, v in enumerate(inputs) if isinstance(v, Tensor) and v.requires_grad]
         found = torch.autograd.grad(

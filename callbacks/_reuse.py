@@ -15,21 +15,26 @@ without this.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from onlinesel.batch import rows_in, token_width
 from onlinesel.callbacks import _attach
-from onlinesel.callbacks._replay import HELD, SCORER, HeldRows, check_limit, refuse
+from onlinesel.callbacks._replay import HELD, SCORER, Audit, HeldRows, check_limit, refuse
 from onlinesel.distributed import rank
+from onlinesel.step import StepPlan
 from onlinesel.types import Scorer
+
+try:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+except ImportError as error:
+    raise ImportError('reuse_forward needs transformers: pip install "onlinesel[hf]".') from error
 
 __all__ = ["SOURCE", "ReusedForward", "reuse_in_trainer"]
 
@@ -74,23 +79,53 @@ class ReusedForward:
             are checkpointed is read at each step.
         limit: GiB that this rank may hold of a step, or None for no bound. Micro-batches that do
             not fit are forwarded twice.
+        outer: The model with its wrappers, if there are any yet.
 
     Raises:
         ValueError: A row's scoring forward is not its training forward in this model.
     """
 
-    def __init__(self, model: nn.Module, limit: float | None = None) -> None:
-        _check_model(model)
-        self._model = model
+    def __init__(
+        self, model: nn.Module, limit: float | None = None, outer: nn.Module | None = None
+    ) -> None:
         self._limit = None if limit is None else limit * 2**30
-        self.start()
+        self.start(model, outer)
 
-    def start(self) -> None:
-        """Begin a run: forget everything, and compare in the first backward again."""
+    def start(self, model: nn.Module, outer: nn.Module | None = None) -> None:
+        """Begin a run of a model."""
+        _check_model(model, model if outer is None else outer)
+        self._model = model
         self._candidates: list[_Candidates] = []
         self._called: list[nn.Module] = []
-        self._audit = True
+        self._audit = Audit()
         self._bytes = 0
+
+    def decide(
+        self, batches: Sequence[Batch], plan: Callable[[], StepPlan]
+    ) -> tuple[StepPlan, dict[str, float]]:
+        """Let a step be decided, and hold what its micro-batches need.
+
+        Args:
+            batches: This rank's candidate micro-batches, changed in place.
+            plan: Scores them inside of :meth:`scoring`, and decides.
+
+        Returns:
+            The plan, and numbers for the log.
+        """
+        self.mark(batches)
+        try:
+            planned = plan()
+            return planned, self.keep(planned.batches)
+        finally:
+            self._candidates = []  # an error must not keep them on the device
+
+    def finish(self) -> None:
+        """Check what the backwards of a step have shown.
+
+        Raises:
+            ValueError: A layer gave the rows that trained something else than when it was scored.
+        """
+        self._audit.finish()
 
     def mark(self, batches: Sequence[Batch]) -> None:
         """Number the tokens of a step's candidates; the numbers ride in the batches.
@@ -136,7 +171,10 @@ class ReusedForward:
                 self._bytes += size
                 mine.outputs.append(output.detach())
 
-        handles = [layer.register_forward_hook(hold, with_kwargs=True) for layer in layers]
+        # Before the hooks of others, which act on the training forward's output themselves.
+        handles = [
+            layer.register_forward_hook(hold, with_kwargs=True, prepend=True) for layer in layers
+        ]
         try:
             yield
         finally:
@@ -152,11 +190,17 @@ class ReusedForward:
         ]  # fmt: skip
         if not layers:
             refuse("gradient checkpointing", "on", False, _CHECKPOINTING)
-        for layer in layers if self._audit else ():
-            if any(isinstance(part, FSDPModule) for part in list(layer.modules())[1:]):
+        for layer in layers if self._audit.at_once else ():
+            parts, name = list(layer.modules())[1:], type(layer).__name__
+            if any(isinstance(part, FSDPModule | FullyShardedDataParallel) for part in parts):
                 refuse(
-                    "FSDP", "one that shards whole layers", f"parts of {type(layer).__name__}",
+                    "FSDP", "one that shards whole layers", f"parts of {name}",
                     "Ranks that have rows of other ranks to forward would gather them more often.",
+                )  # fmt: skip
+            if any(part in layers for part in parts):
+                refuse(
+                    "checkpointed layers", "side by side", f"some inside of {name}",
+                    "Set it to False for this model.",
                 )  # fmt: skip
         return layers
 
@@ -184,8 +228,6 @@ class ReusedForward:
             if found:  # also where no row is held: all ranks must build the same graph
                 batch[HELD] = HeldRows(self._called, found, part.known, part.fresh, self._audit)
                 reused += part.known.shape[0] - part.fresh.shape[0]
-        self._audit = self._audit and not reused
-        self._candidates = []
         return {"reused_share": reused / rows, "held_gib": self._bytes / 2**30}
 
 
@@ -225,8 +267,8 @@ class _Part:
         outputs = [part.outputs[call] for part, *_ in self.pieces if part.outputs]
         whole = outputs[0].new_zeros(*self.known.shape, outputs[0].shape[2])
         for output, (_, taken, places) in zip(outputs, self.pieces, strict=True):
-            rows = output.flatten(0, 1).index_select(0, taken)
-            whole.view(-1, whole.shape[2]).index_copy_(0, places, rows)
+            rows = output.flatten(0, 1).index_select(0, taken.to(output.device))
+            whole.view(-1, whole.shape[2]).index_copy_(0, places.to(output.device), rows)
         return whole
 
 
@@ -288,11 +330,12 @@ def reuse_in_trainer(
     return ReusedForward(trainer.model, limit)
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: nn.Module, outer: nn.Module) -> None:
     """Refuse models in which a row's scoring forward is not its training forward."""
     chance, name = _chance(model), type(model).__name__
     router = getattr(getattr(model, "config", None), "output_router_logits", False)
     layers = any(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+    compiled = next((n or name for n, m in outer.named_modules() if _is_compiled(m)), None)
     for bad, argument, rule, got, remedy in (
         (any(hasattr(p, "ds_id") for p in model.parameters()), *_ZERO3),
         (not layers, "model", "made of transformers' checkpointing layers", name,
@@ -300,11 +343,17 @@ def _check_model(model: nn.Module) -> None:
         (chance is not None, "model",
          "without dropout, noise, batch statistics and rotations that follow the batch's width",
          chance, "A row would not be the same among other rows. Set a rate to 0."),
+        (compiled is not None, "model", "one that is not compiled", compiled, _COMPILED),
         (router, "output_router_logits", "off", True,
          "The router's loss needs routers that run in the training forward."),
     ):  # fmt: skip
         if bad:
             refuse(argument, rule, got, remedy)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    return compiled or type(module).__name__ == "OptimizedModule"
 
 
 def _chance(model: nn.Module) -> str | None:

@@ -196,7 +196,7 @@ class StepSource:
         if self._reuse_wanted:
             from onlinesel.callbacks._reuse import ReusedForward  # needs transformers
 
-            self._reuse = ReusedForward(self._core, self._reuse_limit)
+            self._reuse = ReusedForward(self._core, self._reuse_limit, model)
         config = getattr(self._core, "config", None)
         pad_id = getattr(config, "pad_token_id", None) or 0
         self.reader = CandidateLoader(
@@ -270,12 +270,14 @@ class StepSource:
         self._rebuild, self._before = window[0].rebuild, self.selector.state_dict()
         batches = [self._moved(part.columns) for part in window]
         groups = None if window[0].groups is None else [_present(part.groups) for part in window]
-        if self._reuse is not None:
-            self._reuse.mark(batches)
-        plan = self._planner.plan(batches, [part.ids for part in window], step, groups)
+        ids = [part.ids for part in window]
+        decide = partial(self._planner.plan, batches, ids, step, groups)
+        if self._reuse is None:
+            plan = decide()
+        else:
+            plan, numbers = self._reuse.decide(batches, decide)
+            self.meter.note(**numbers)
         self.meter.decided(plan)
-        if self._reuse is not None:
-            self.meter.note(**self._reuse.keep(plan.batches))
         self._seen, self.open = [], True
         return plan
 
@@ -321,6 +323,8 @@ class StepSource:
     def finish(self, step: int) -> None:
         """Learn from the rows that just trained, once per planned step."""
         self.open = False
+        if self._reuse is not None:
+            self._reuse.finish()
         if self.observing:
             if not self._seen:
                 self.refuse(

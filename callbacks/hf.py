@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -225,13 +226,15 @@ class OnlineSelection(TrainerCallback):
         batches = [dict(self.trainer._prepare_inputs(batch)) for batch in batches]
         ids = [b.pop(ROW_ID) if ROW_ID in b else content_ids(b) for b in batches]
         groups = [batch.pop(GROUP) for batch in batches if GROUP in batch] or None
-        if self._reuse is not None:
-            self._reuse.mark(batches)
-        plan = self._plan(device).plan(batches, ids, self.trainer.state.global_step, groups)
+        step = self.trainer.state.global_step
+        decide = partial(self._plan(device).plan, batches, ids, step, groups)
+        if self._reuse is None:
+            plan = decide()
+        else:
+            plan, numbers = self._reuse.decide(batches, decide)
+            self._meter.note(**numbers)
         self._meter.decided(plan)
         self._trained.begin(plan.ids, plan.batches)
-        if self._reuse is not None:
-            self._meter.note(**self._reuse.keep(plan.batches))
         if self.shadow:
             for batch in batches:
                 batch.pop("reference_loss", None)
@@ -286,6 +289,8 @@ class OnlineSelection(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Learn from the rows that trained, before a checkpoint of this step is written."""
+        if self._reuse is not None:
+            self._reuse.finish()
         self._learn(args.device)
         if isinstance(self._scorer, CausalLMScorer):
             self._scorer.advance()
@@ -363,7 +368,7 @@ class OnlineSelection(TrainerCallback):
         self.selector = Selector(self.selector.strategy, seed=seed)
         self._planner, self._trained = None, TrainedLosses()
         if self._reuse is not None:
-            self._reuse.start()
+            self._reuse.start(self.trainer.model)
         if isinstance(self._reference, nn.Module):
             self._reference.to(self.trainer.args.device)
         if isinstance(self._scorer, CausalLMScorer):

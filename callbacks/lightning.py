@@ -304,6 +304,7 @@ class OnlineSelection(Callback):
         """Hand this micro-batch's weights to ``onlinesel.weighted_mean``."""
         if self._micro is not None:
             hand_over(self._micro.weighing)
+            self._replay.cancel()  # of a batch that was skipped before its end
             self._replay = self._micro.training()
             self._replay.__enter__()
             engine = engine_of(trainer)
@@ -341,6 +342,7 @@ class OnlineSelection(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Drop the rest of an epoch that was skipped."""
         hand_over(None)
+        self._replay.cancel()
         self._micro = None
         if self._val_check is not None:
             trainer.val_check_batch, self._val_check = self._val_check, None

@@ -32,13 +32,13 @@ ACCUMULATE = (1, 2)
 CHECKPOINTED = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
-def wrap(engine: str, model: Any, accumulate: int = 1) -> Any:
+def wrap(engine: str, model: Any, accumulate: int = 1, layers: Any = None) -> Any:
     if engine == "ddp":
         return DistributedDataParallel(model)
     if engine.startswith("zero"):
         return deepspeed_engine(int(engine[-1]), model, accumulate)
     mesh = init_device_mesh("cpu", (2,))
-    for layer in model.model.layers:
+    for layer in model.model.layers if layers is None else layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     assert all(isinstance(p, DTensor) for p in model.parameters())

@@ -77,16 +77,17 @@ def counted(folder: Path, name: str, options: dict[str, Any]) -> Any:
     return trainer
 
 
-def loop(folder: Path, engine: str) -> None:
+def loop(folder: Path, engine: str, lora: bool) -> None:
     """One step of two micro-batches in a plain loop."""
-    model = make_model().train()
+    model = make_model(lora=lora).train()
     model.activation_checkpointing_enable()
-    model = loop_two_ranks.wrap(engine, model)
-    options = {"candidates": 3, "accumulate": 2, "reuse_forward": True}
+    layers = (model.base_model.model if lora else model).model.layers
+    model = loop_two_ranks.wrap(engine, model, layers=layers)
+    options, name = {"candidates": 3, "accumulate": 2, "reuse_forward": True}, f"loop-{lora}"
     steps = onlinesel.steps(make_loader(), model, TopLoss(), **options)
-    torch.save(loop_two_ranks.whole(model), folder / f"{engine}-loop-before.pt")
+    torch.save(loop_two_ranks.whole(model), folder / f"{engine}-{name}-before.pt")
     (done,) = train(steps, model, sgd(model), stop=1)
-    loop_two_ranks.save(folder, f"{engine}-loop", done, model)
+    loop_two_ranks.save(folder, f"{engine}-{name}", done, model)
 
 
 if __name__ == "__main__":
@@ -106,5 +107,6 @@ if __name__ == "__main__":
             if dist.get_rank() == 0:
                 print("done", engine, name, flush=True)
     for engine in ("ddp", "fsdp2"):
-        loop(folder, engine)
+        for lora in (False, True):
+            loop(folder, engine, lora)
     leave()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import statistics
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +17,21 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
 from onlinesel import Signals
 from onlinesel.callbacks._reuse import SOURCE, ReusedForward
 from onlinesel.callbacks.hf import OnlineSelection
 from onlinesel.strategies import TopLoss
-from tests.callbacks.hosts import attach, make_model, make_sft_trainer, make_trainer
+from tests.callbacks.hosts import (
+    arguments,
+    attach,
+    collate,
+    make_model,
+    make_rows,
+    make_sft_trainer,
+    make_trainer,
+)
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 
@@ -138,44 +148,19 @@ def test_a_model_without_checkpointing_layers_is_refused(tmp_path: Path) -> None
         OnlineSelection(trainer, TopLoss(), reuse_forward=True)
 
 
-def train(folder: Path, change: Any, **options: Any) -> None:
+def train(folder: Path, change: Any) -> None:
     trainer = make_trainer(folder, gradient_checkpointing=True)
-    attach(trainer, TopLoss(), candidates=3, reuse_forward=True, **options)
+    attach(trainer, TopLoss(), candidates=3, reuse_forward=True)
     change(trainer.model)
     trainer.train()
-
-
-def wrap_layers(model: Any, wrapped: Any) -> None:
-    """Put a class between the layers and what they compute, as another model would have it."""
-    for layer in model.model.layers:
-        layer.mlp.forward = wrapped(layer.mlp.forward)
-
-
-def test_a_layer_that_mixes_rows_stops_the_first_backward(tmp_path: Path) -> None:
-    """The mean over the batch is another one among the rows that train."""
-
-    def change(model: Any) -> None:
-        wrap_layers(model, lambda forward: lambda x: forward(x) + x.mean(dim=0, keepdim=True))
-
-    with pytest.raises(
-        ValueError, match=r"the rows that train .* LlamaDecoderLayer that are .*% apart"
-    ):
-        train(tmp_path, change)
-
-
-def test_a_layer_that_draws_numbers_stops_the_first_backward(tmp_path: Path) -> None:
-    def change(model: Any) -> None:
-        wrap_layers(model, lambda forward: lambda x: forward(x) + 0.1 * torch.randn_like(x))
-
-    with pytest.raises(ValueError, match=r"LlamaDecoderLayer that are .*% apart"):
-        train(tmp_path, change)
 
 
 def replace_call(model: Any, output: Any = None, **more: Any) -> None:
     """Let the first layer take or give something else than hidden states."""
     layer = model.model.layers[0]
     if output is not None:
-        layer.register_forward_hook(lambda module, args, result: output(result))
+        forward = layer.forward
+        layer.forward = lambda *args, **kwargs: output(forward(*args, **kwargs))
     layer.register_forward_pre_hook(
         lambda module, args, kwargs: (args, {**kwargs, **more}), with_kwargs=True
     )
@@ -233,6 +218,57 @@ def test_numbers_of_tokens_differ_between_micro_batches() -> None:
     ReusedForward(make_model()).mark(batches)
     numbers = torch.cat([batch[SOURCE].flatten() for batch in batches])
     assert numbers.unique().numel() == 16 and int(numbers.min()) > 2**39
+
+
+def test_nested_and_compiled_layers_are_refused(tmp_path: Path) -> None:
+    def nest(model: Any) -> None:
+        model.model.layers[0].inner = model.model.layers[1]
+
+    with pytest.raises(ValueError, match="must be side by side, got some inside of LlamaDecoderLa"):
+        train(tmp_path, nest)
+    model = make_model()
+    model.model.layers[1].mlp._compiled_call_impl = lambda x: x  # what compile() leaves
+    with pytest.raises(ValueError, match="one that is not compiled, got model.layers.1.mlp"):
+        ReusedForward(model)
+    outer = type(
+        "OptimizedModule", (nn.Module,), {}
+    )()  # torch.compile's, by whose name it is known
+    with pytest.raises(ValueError, match="one that is not compiled, got LlamaForCausalLM"):
+        ReusedForward(make_model(), outer=outer)
+
+
+def test_what_is_held_is_let_go_after_an_error(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, gradient_checkpointing=True)
+    callback = attach(trainer, TopLoss(), candidates=3, reuse_forward=True)
+    held = []
+
+    def fail(module: Any, args: Any, output: Any) -> None:
+        held.append(callback._reuse._candidates[0].outputs)
+        raise MemoryError("no more")
+
+    trainer.model.model.norm.register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        trainer.train()
+    assert len(held[0]) == 2 and callback._reuse is not None and not callback._reuse._candidates
+
+
+def test_a_trainer_that_makes_its_model_itself(tmp_path: Path) -> None:
+    args = TrainingArguments(**arguments(tmp_path, gradient_checkpointing=True, max_steps=2))
+    trainer = Trainer(
+        args=args, model_init=lambda: make_model(), train_dataset=make_rows(), data_collator=collate
+    )
+    attach(trainer, TopLoss(), candidates=3, reuse_forward=True)
+    before = trainer.model
+    trainer.train()
+    assert trainer.model is not before
+    assert trainer.state.log_history[0]["selection/reused_share"] == 1.0
+
+
+def test_the_import_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.modeling_layers", None)
+    monkeypatch.delitem(sys.modules, "onlinesel.callbacks._reuse")
+    with pytest.raises(ImportError, match=r'reuse_forward needs transformers: pip install "onlin'):
+        importlib.import_module("onlinesel.callbacks._reuse")
 
 
 def test_detaching_leaves_the_layers_as_they_were(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import onlinesel
-from onlinesel import Signals
+from onlinesel import Signals, When
 from onlinesel.callbacks.lightning import OnlineSelection
-from onlinesel.strategies import LossReweight, TopLoss
-from tests.callbacks.hosts import make_model
+from onlinesel.strategies import LossReweight, TopLoss, Uniform
+from tests.callbacks.hosts import make_model, make_rows
 from tests.callbacks.lightning_hosts import (
     QUIET_LIGHTNING,
     Language,
@@ -76,14 +76,59 @@ def test_a_loop_that_is_left_gives_the_layers_back() -> None:
     assert layer._gradient_checkpointing_func is before
 
 
-def test_a_micro_batch_must_be_forwarded_in_its_turn() -> None:
+def test_a_micro_batch_is_forwarded_once_or_skipped() -> None:
     model = make_model().train()
     watched(model)
     steps = onlinesel.steps(make_loader(), model, TopLoss(), candidates=2, reuse_forward=True)
-    with pytest.raises(ValueError, match=r"as often as in the scoring .* \(2 times\), got 0. Forw"):
-        for step in steps:
-            for _ in step:
-                pass
+    for step in steps:
+        for micro in step:
+            if step.index == 0:
+                continue
+            with pytest.raises(ValueError, match=r"in the order of .*, got Llama.* number 3 of 2"):
+                for _ in range(2):
+                    token_losses(model, micro.batch)
+        if step.index == 1:
+            break
+
+
+def test_a_batch_that_lightning_skips_leaves_nothing_behind() -> None:
+    """Its end never comes, and a later batch must not be given its rows."""
+
+    class Skipping(Checkpointed):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+            self.seen = getattr(self, "seen", 0) + 1
+            return -1 if self.seen == 2 else None
+
+    states, rows = [], [{k: v[:4] for k, v in row.items()} for row in make_rows()]
+    for reuse in (False, True):
+        module = Skipping()
+        before = [layer._gradient_checkpointing_func for layer in module.model.model.layers]
+        strategy = When(TopLoss(), stop=2, otherwise=Uniform())
+        selection = OnlineSelection(strategy, candidates=2, reuse_forward=reuse)
+        make_trainer(selection, max_steps=4, max_epochs=4).fit(module, text_loader(rows))
+        states.append(state_of(module))
+        after = [layer._gradient_checkpointing_func for layer in module.model.model.layers]
+        assert all(one is two for one, two in zip(before, after, strict=True))
+    assert close(*states)
+
+
+def test_hooks_on_a_layer_act_once() -> None:
+    """A trained vector that a hook adds to what a layer gives, as in representation tuning."""
+    states = []
+    for reuse in (False, True):
+        model = make_model().train()
+        watched(model)
+        model.steering = torch.nn.Parameter(torch.zeros(32))
+        model.model.layers[0].register_forward_hook(
+            lambda module, args, output, model=model: output + model.steering
+        )
+        steps = onlinesel.steps(
+            make_loader(), model, TopLoss(), candidates=3, reuse_forward=reuse
+        )  # fmt: skip
+        train(steps, model, sgd(model), stop=3)
+        states.append(state_of(model))
+    assert states[0]["steering"].norm() > 0.01
+    assert close(*states)
 
 
 def test_a_loop_refuses_what_cannot_be_reused() -> None:
