@@ -65,9 +65,8 @@ class HeadGram:
                 changed all the same (loaded, or merged with adapters).
         """
         self._root = None
-        if head is not None or not self._head.frozen:
-            self._base = None
-        self._head = self._head if head is None else head
+        if head is not None:
+            self._head, self._base = head, None
 
     def follow(self, optimizer: Any, every: int = 10) -> RemovableHandle:
         """Invalidate the factor after every so many steps of an optimizer.

@@ -122,7 +122,9 @@ class JLProjector:
     def fold(self, head: LMHead) -> Tensor:
         """Compute ``W^T P``, the part of the projection that depends on the weight only.
 
-        Keep it until the weight changes; nothing detects a change (see ``HeadGram``).
+        Keep it until the weight changes; nothing detects a change (see ``HeadGram``). It is a plain
+        tensor, so whoever keeps it folds again: ``CausalLMScorer`` does so for this and the Gram
+        matrix together, after ``refresh_every`` calls of its ``advance``.
 
         Args:
             head: A head of ``vocab`` entries, without soft cap. Where its weight is a DTensor cut

@@ -70,6 +70,9 @@ class Biased(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(states)
+
 
 def reduced(vocab: int, mesh: Any) -> None:
     """W^T W and W^T P come from each rank's own rows; no rank builds the head."""
@@ -124,6 +127,27 @@ def adapted(vocab: int, mesh: Any) -> None:
     same(f"adapted {vocab}")
 
 
+def followed(mesh: Any) -> None:
+    """The Gram matrix of a sharded weight follows the steps that its own shards take."""
+    for options in ({"foreach": True}, {"fused": True}, {"foreach": False}):
+        model = Biased(65)
+        fully_shard(model, mesh=mesh)
+        head = LMHead.from_model(model, sharded=True)
+        gram = HeadGram(head)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **options)
+        gram.follow(optimizer, every=2)
+        found = []
+        for _ in range(5):
+            weight = LMHead.from_model(model)
+            true, root = HeadGram(weight).root(), gram.root()
+            found.append(torch.allclose(root, true, rtol=1e-9, atol=1e-9))
+            model(torch.ones(1, 32).double()).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert found == [True, False, True, False, True], (options, found)
+    same("followed")
+
+
 def cut_otherwise(mesh: Any) -> None:
     """A weight that is cut by columns, or not cut, gives the same through the whole one."""
     weight = torch.randn(65, 32, generator=torch.Generator().manual_seed(2))
@@ -173,6 +197,7 @@ if __name__ == "__main__":
         reduced(vocabulary, two)
     for vocabulary in (3, 4097):
         adapted(vocabulary, two)
+    followed(two)
     cut_otherwise(two)
     scored_in_parts()
     for ties, alone_sharded in ((False, False), (True, False), (False, True)):

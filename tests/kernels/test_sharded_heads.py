@@ -16,7 +16,9 @@ from tests.launching import torchrun
 def test_two_ranks_with_half_a_head_each() -> None:
     printed = set(torchrun("kernels.sharded_heads", port=29621).splitlines())
     expected = {f"same reduced {vocab}" for vocab in (1, 3, 65, 4097)} | {"same cut otherwise"}
-    expected |= {"same scored in parts"} | {f"same adapted {vocab}" for vocab in (3, 4097)}
+    expected |= {"same scored in parts", "same followed"} | {
+        f"same adapted {vocab}" for vocab in (3, 4097)
+    }
     for tied, apart in ((False, False), (True, False), (False, True)):
         expected.add(f"same scored tied={tied} apart={apart}")
     assert expected <= printed
