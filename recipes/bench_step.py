@@ -33,6 +33,7 @@ from onlinesel.bench._settings import (
     add_common,
     at_least,
     command,
+    load,
     machine,
     threads_set,
 )
@@ -105,6 +106,7 @@ def bench_step(
         result |= {**asdict(sizes), "micro_batch": sizes.together, "scored_rows": sizes.scored}
         result |= {"steps": steps, "repeats": repeats, **machine(sizes.where)}
         result["sides"] = sides = _measure(sizes, steps, repeats, memory)
+        result["load_after"] = load()
     bound = _BOUND.get(sizes.dtype)
     for entry in sides.values():
         apart = entry.get("gradient_difference")

@@ -20,6 +20,7 @@ __all__ = [
     "command",
     "find_device",
     "listed",
+    "load",
     "machine",
     "numbers",
     "settle",
@@ -43,7 +44,7 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "load_before": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "load_before": load(),
         "processor": _processor(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -59,6 +60,11 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
         found["gpu_gib"] = properties.total_memory / 2**30
         found["cuda"] = torch.version.cuda
     return found
+
+
+def load() -> list[float] | None:
+    """Return how many processes wanted to run in the last 1, 5 and 15 minutes, where it is told."""
+    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
 
 
 def _versions() -> dict[str, str]:

@@ -104,7 +104,9 @@ def new_figure(name: str, panels: int, height: float) -> Any:
 def bars(
     axes: Any, labels: Sequence[str], series: Mapping[str, Sequence[float | None]], unit: str
 ) -> None:
-    """Draw groups of horizontal bars with their numbers; a value of None is left out.
+    """Draw groups of horizontal bars with their numbers.
+
+    A value of None is left out, and so is a group that has no other.
 
     Args:
         axes: Where.
@@ -112,15 +114,22 @@ def bars(
         series: Values of each group, by the name of their series.
         unit: Label of the axis.
     """
+    groups = enumerate(zip(*series.values(), strict=True))
+    kept = [i for i, values in groups if any(value is not None for value in values)]
+    labels = [labels[i] for i in kept]
+    series = {name: [values[i] for i in kept] for name, values in series.items()}
     height = 0.8 / len(series)
     for place, (name, values) in enumerate(series.items()):
         known = [(i, v) for i, v in enumerate(values) if v is not None]
         at = [i + (place - (len(series) - 1) / 2) * height for i, _ in known]
         drawn = axes.barh(at, [v for _, v in known], height, label=name)
-        axes.bar_label(drawn, fmt="{:.3g}", padding=2, fontsize=6)
+        axes.bar_label(drawn, fmt="{:.4g}", padding=2, fontsize=6)
     axes.set_yticks(range(len(labels)), [label.strip() for label in labels], fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set_xlabel(unit)
     if len(series) > 1:
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(
+            frameon=False, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0),
+            ncols=len(series),
+        )  # fmt: skip

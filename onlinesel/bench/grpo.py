@@ -16,7 +16,7 @@ from typing import Any
 from onlinesel.bench._inputs import HeadInputs, HeadSizes
 from onlinesel.bench._measure import release
 from onlinesel.bench._policy import POLICY_WAYS, PolicyErrors
-from onlinesel.bench._settings import add_common, command, machine, settle, threads_set
+from onlinesel.bench._settings import add_common, command, load, machine, settle, threads_set
 from onlinesel.bench._text import (
     Column,
     bars,
@@ -91,11 +91,11 @@ def bench_grpo(
             raise ValueError(f"bench_grpo: dropped must be {rule}, got {share}. Keep some tokens.")
     sizes = [HeadSizes(batch, tokens, width, vocab, kind, where, x, seed) for x in dropped]
     with threads_set(threads):
-        result: dict[str, Any] = {"what": "gradients of a policy's head", "width": width}
-        result |= {**sizes[0].facts(), "repeats": repeats, "error_tokens": error_tokens}
-        result |= machine(where)
+        result = {"what": "gradients of a policy's head", "width": width, **sizes[0].facts()}
+        result |= {"repeats": repeats, "error_tokens": error_tokens, **machine(where)}
         result["gradients_mib"] = (batch * tokens + vocab) * width * kind.itemsize / 2**20
         result["points"] = [_point(one, repeats, error_tokens, memory) for one in sizes]
+    result["load_after"] = load()
     result["not_measured"] = unmeasured([e for p in result["points"] for e in p["ways"].values()])
     return {**result, "notes": list(_NOTES)}
 
@@ -151,15 +151,12 @@ def figure(result: dict[str, Any], path: str) -> None:
     """
     drawing = new_figure("grpo", 2, 3.8)
     points = result["points"]
-    names = [n for n in points[0]["ways"] if any("seconds" in p["ways"][n] for p in points)]
-    labels = [points[0]["ways"][name]["label"] for name in names]
+    labels = [entry["label"] for entry in points[0]["ways"].values()]
     parts = (("seconds", "seconds, forward and backward"), ("peak_mib", "peak MiB beyond inputs"))
     for axes, (key, unit) in zip(drawing.axes, parts, strict=True):
         series = {
-            f"{point['dropped']:.0%} without gradient": [
-                point["ways"][name].get(key) for name in names
-            ]
-            for point in points
+            f"{p['dropped']:.0%} without gradient": [e.get(key) for e in p["ways"].values()]
+            for p in points
         }
         bars(axes, labels, series, unit)
     drawing.suptitle(

@@ -18,7 +18,15 @@ from typing import Any
 
 from onlinesel.bench._inputs import HeadInputs, HeadSizes
 from onlinesel.bench._measure import release
-from onlinesel.bench._settings import add_common, command, machine, numbers, settle, threads_set
+from onlinesel.bench._settings import (
+    add_common,
+    command,
+    load,
+    machine,
+    numbers,
+    settle,
+    threads_set,
+)
 from onlinesel.bench._text import (
     bars,
     headline,
@@ -92,6 +100,7 @@ def bench_scores(
         result = {"what": "scores of tokens, and of UDS, from hidden states", **sizes[0].facts()}
         result |= {"repeats": repeats, "error_tokens": error_tokens, **machine(where)}
         result["points"] = [_point(one, repeats, error_tokens, memory) for one in sizes]
+        result["load_after"] = load()
     entries = [
         e for p in result["points"] for e in (*p["token_scores"].values(), *p["uds"].values())
     ]
@@ -191,10 +200,9 @@ def figure(result: dict[str, Any], path: str) -> None:
     points = result["points"]
 
     def draw(axes: Any, part: str, value: Any, unit: str) -> None:
-        measured = [n for n in points[0][part] if any("seconds" in p[part][n] for p in points)]
-        labels = [points[0][part][name]["label"] for name in measured]
+        labels = [entry["label"] for entry in points[0][part].values()]
         series = {
-            f"width {point['width']}": [value(point, point[part][name]) for name in measured]
+            f"width {point['width']}": [value(point, entry) for entry in point[part].values()]
             for point in points
         }
         bars(axes, labels, series, unit)
