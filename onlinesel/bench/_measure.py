@@ -62,9 +62,10 @@ def take_turns(
     found: dict[str, list[float]] = {name: [] for name in calls}
     wanted = dict.fromkeys(calls, repeats)
     warm_up = _CUDA_WARM_UP if device.type == "cuda" else 0
+    slow: set[str] = set()
     for turn in range(-warm_up, repeats):
         for name, call in calls.items():
-            if len(found[name]) >= wanted[name]:
+            if len(found[name]) >= wanted[name] or (turn < 0 and name in slow):
                 continue
             try:
                 seconds = timed(call, device)
@@ -74,6 +75,8 @@ def take_turns(
                 continue
             if turn >= 0:
                 found[name].append(seconds)
+            elif seconds > 1:
+                slow.add(name)  # one turn warms it up
             wanted[name] = max(1, min(repeats, int(_PATIENCE / max(seconds, 1e-9))))
     return {name: seconds for name, seconds in found.items() if wanted[name]}
 
@@ -175,12 +178,12 @@ class CountedProducts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        self.flops += _flops(func._overloadpacket, args, kwargs, out)
+        self.flops += _flops(getattr(func, "_overloadpacket", None), args, kwargs, out)
         return out
 
 
 def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
-    name = packet.__name__
+    name = getattr(packet, "__name__", "")
     if name.startswith("_scaled_dot_product"):
         backward = name.endswith("_backward")
         query, key = args[1:3] if backward else args[:2]

@@ -128,7 +128,7 @@ class PolicyErrors:
             (upstream[0] * chosen + upstream[1] * entropy).sum(), logits
         )
 
-    def __call__(self, way: Way, call: Call) -> dict[str, Any]:
+    def __call__(self, way: Way, output: Any) -> dict[str, Any]:
         """Return ``relative``, of norms, for the gradient of the states and of the weight."""
         found = way.prepare(self._few)()
         weight, dz = self._few.weight, self._dz

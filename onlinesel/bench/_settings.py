@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -88,12 +88,14 @@ def _processor() -> str:
 
 
 @contextmanager
-def threads_set(threads: int | None) -> Iterator[None]:
-    """Use so many threads of torch (None leaves them) and restore the number afterwards."""
+def threads_set(threads: int | None, device: torch.device | None = None) -> Iterator[None]:
+    """Use so many threads of torch (None leaves them), and this GPU; restore both afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
+    gpu = device is not None and device.type == "cuda"
     try:
-        yield
+        with torch.cuda.device(device) if gpu else nullcontext():
+            yield
     finally:
         torch.set_num_threads(before)
 
@@ -126,7 +128,10 @@ def find_device(owner: str, device: str, dtype: str) -> tuple[torch.device, torc
     if kind not in ("cpu", "cuda") or (kind == "cuda" and not present):
         here = "auto, cpu or cuda" if present else "auto or cpu on a machine without CUDA"
         raise ValueError(f"{owner}: device must be {here}, got {device!r}. Pass auto.")
-    return torch.device(device), kinds[dtype]
+    where = torch.device(device)
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    return where, kinds[dtype]
 
 
 def at_least(owner: str, least: int, **values: int) -> None:

@@ -161,9 +161,9 @@ class TokenErrors:
             "el2n": (others.square().sum(1) + missing.square()).sqrt(),
         }
 
-    def __call__(self, way: Way, call: Call) -> dict[str, Any]:
+    def __call__(self, way: Way, output: dict[str, Tensor]) -> dict[str, Any]:
         """Return ``max_abs`` and ``max_rel`` of each score that the way gives."""
-        found = {name: value.flatten()[self._at].double() for name, value in call().items()}
+        found = {name: value.flatten()[self._at].double() for name, value in output.items()}
         if "log_sum_sq" in found:  # as far as it follows from what TRL gives
             p = torch.exp(-found["nll"])
             found["el2n"] = (found["log_sum_sq"].exp() - 2 * p + 1).clamp(min=0).sqrt()

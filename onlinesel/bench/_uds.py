@@ -124,10 +124,10 @@ class UDSErrors:
             "embedding": transformed(logits, _projector(inputs)),
         }
 
-    def __call__(self, way: Way, call: Call) -> dict[str, Any]:
+    def __call__(self, way: Way, output: dict[str, Tensor]) -> dict[str, Any]:
         """Return ``relative``, of norms, for each score that the way gives."""
         return {
             name: {"relative": float((value[0].double() - exact).norm() / exact.norm())}
-            for name, value in call().items()
+            for name, value in output.items()
             for exact in (self._exact[name],)
         }

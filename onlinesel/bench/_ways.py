@@ -28,7 +28,7 @@ from onlinesel.bench._measure import (
 __all__ = ["Way", "compare", "fused_head", "liger_scaled", "note_failure", "own_failures"]
 
 Entry = dict[str, Any]
-Check = Callable[["Way", Call], dict[str, Any]]
+Check = Callable[["Way", Any], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def compare(
     Args:
         ways: The ways.
         inputs: What they work on.
-        check: Returns the errors of one, whose call it is given.
+        check: Returns the errors of one, given what its call returned.
         repeats: Timed runs of each.
         memory: Whether to measure peak memory, on a CPU in a fresh process each.
 
@@ -117,9 +117,10 @@ def compare(
             continue
         try:
             call = way.prepare(inputs)
-            entry["error"] = {} if way.roof else check(way, call)
-            with CountedProducts() as counted:  # and warm up
-                call()
+            with CountedProducts() as counted:
+                output = call()
+            entry["error"] = {} if way.roof else check(way, output)
+            del output
             if way.counted:
                 entry["gflop"] = counted.flops / 1e9
             calls[way.name] = call

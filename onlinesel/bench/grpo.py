@@ -90,7 +90,7 @@ def bench_grpo(
             rule = "shares of at least 0 and below 1"
             raise ValueError(f"bench_grpo: dropped must be {rule}, got {share}. Keep some tokens.")
     sizes = [HeadSizes(batch, tokens, width, vocab, kind, where, x, seed) for x in dropped]
-    with threads_set(threads):
+    with threads_set(threads, where):
         result = {"what": "gradients of a policy's head", "width": width, **sizes[0].facts()}
         result |= {"repeats": repeats, "error_tokens": error_tokens, **machine(where)}
         result["gradients_mib"] = (batch * tokens + vocab) * width * kind.itemsize / 2**20

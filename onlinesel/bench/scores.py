@@ -96,7 +96,7 @@ def bench_scores(
         error_tokens=error_tokens, width=min(widths),
     )  # fmt: skip
     sizes = [HeadSizes(batch, tokens, size, vocab, kind, where, seed=seed) for size in widths]
-    with threads_set(threads):
+    with threads_set(threads, where):
         result = {"what": "scores of tokens, and of UDS, from hidden states", **sizes[0].facts()}
         result |= {"repeats": repeats, "error_tokens": error_tokens, **machine(where)}
         result["points"] = [_point(one, repeats, error_tokens, memory) for one in sizes]

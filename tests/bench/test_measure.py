@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -83,9 +82,9 @@ def test_what_does_not_run_says_why() -> None:
     ]
     checked: list[str] = []
 
-    def check(way: Way, call: Any) -> dict[str, float]:
+    def check(way: Way, output: float) -> dict[str, float]:
         checked.append(way.name)
-        return {"x": call()}
+        return {"x": output}
 
     found = compare(ways, inputs, check, repeats=2, memory=False)
     assert checked == ["a"] and found["a"]["error"] == {"x": 2.0} and found["a"]["runs"] == 2

@@ -101,14 +101,14 @@ def test_errors_of_tokens_by_hand() -> None:
     errors = TokenErrors(inputs, 1)
     exact = {"nll": 3.048587, "entropy": 0.190865, "el2n": 0.952574 * 2**0.5}
     told = {name: torch.tensor([value + 0.5]) for name, value in exact.items()}
-    found = errors(WAYS["torch"], lambda: told)
+    found = errors(WAYS["torch"], told)
     for name, value in exact.items():
         assert found[name]["max_abs"] == pytest.approx(0.5, abs=1e-5), name
         assert found[name]["max_rel"] == pytest.approx(0.5 / value, abs=1e-5), name
     # What TRL's head gives, log(sum p^2), makes an EL2N too.
     squares = torch.tensor([0.047426**2 + 0.952574**2]).log()
     trl = {"nll": torch.tensor([exact["nll"]]), "log_sum_sq": squares}
-    assert errors(WAYS["trl"], lambda: trl)["el2n"]["max_abs"] < 1e-5
+    assert errors(WAYS["trl"], trl)["el2n"]["max_abs"] < 1e-5
     assert errors.largest_logit == 3.0
 
 
@@ -117,7 +117,7 @@ def test_errors_of_uds_by_hand() -> None:
     logits = inputs.hidden[0].double() @ inputs.weight.double().T
     norm = torch.linalg.matrix_norm(logits, "nuc")
     errors = UDSErrors(inputs)
-    found = errors(WAYS["uds"], lambda: {"nuclear_norm": torch.stack([norm * 1.25, norm])})
+    found = errors(WAYS["uds"], {"nuclear_norm": torch.stack([norm * 1.25, norm])})
     assert found["nuclear_norm"]["relative"] == pytest.approx(0.25)
 
 
