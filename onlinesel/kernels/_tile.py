@@ -112,6 +112,7 @@ def tile_state(
                 tile.addmm_(states_a[rows], low.b.float().T)
             factor = None if inverse is None else inverse[rows]
             _add_tile(tile, head, targets[rows], factor, total, rows, start)
+        del part, weight  # before the next rows are made beside them
     return total
 
 

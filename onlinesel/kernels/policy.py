@@ -267,10 +267,12 @@ def _gradients(
                 of_states[here] += _multiply(dz, weight)
             if sums is not None:
                 sums += _multiply(dz.T, factors[here])
+            del dz  # before the next tile is made beside it
         if of_weight is not None and sums is not None:
             of_weight[entries] = sums.to(of_weight.dtype)
         if of_bias is not None:
             of_bias[entries] = bias_sums.to(of_bias.dtype)
+        del part, weight, sums  # before the next rows are made beside them
     thin: list[Tensor | None] = []
     for adapter in adapters:
         if of_states is not None:

@@ -277,11 +277,9 @@ class JLProjector:
 def _cosines(signs: Tensor, index: Tensor, part: slice) -> Tensor:
     """Return rows of ``s_v cos(2 pi v i_k / n) sqrt(n / r)`` in float64."""
     size, kept = signs.numel(), index.numel()
+    chosen = signs[part].double()
+    steps = torch.arange(part.start, part.start + len(chosen), device=signs.device)
     # The product is reduced in integers: 2 pi v k / n of a large v k would lose its phase.
-    steps = torch.arange(size, device=signs.device)
-    phase = (steps[part].unsqueeze(1) * index) % size
-    if phase.numel() < size:
-        cosines = torch.cos(phase.double() * (2.0 * math.pi / size))
-    else:  # there are only n angles: look them up
-        cosines = torch.cos(steps.double() * (2.0 * math.pi / size))[phase]
-    return cosines * (signs[part].double().unsqueeze(1) * math.sqrt(size / kept))
+    phase = (steps.unsqueeze(1) * index).remainder_(size)
+    cosines = phase.double().mul_(2.0 * math.pi / size).cos_()
+    return cosines.mul_(chosen.unsqueeze(1) * math.sqrt(size / kept))
