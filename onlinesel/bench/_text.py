@@ -11,7 +11,7 @@ Entry = Mapping[str, Any]
 Column = tuple[str, Callable[[Entry], float | None], str]
 """Heading, value of an entry (None leaves the cell empty), and format."""
 
-_WIDTH = 10
+_WIDTH = 11
 
 
 def headline(result: Mapping[str, Any]) -> str:
@@ -32,8 +32,8 @@ def table(title: str, entries: Sequence[Entry], columns: Sequence[Column]) -> st
         >>> entries = [{"label": "a", "x": 0.5}, {"label": "b", "absent": "not installed"}]
         >>> print(table("T", entries, [("ms", lambda entry: entry["x"] * 1e3, ".1f")]))
         T
-                 ms
-        a     500.0
+                  ms
+        a      500.0
         b  not installed
     """
     left = max(len(entry["label"]) for entry in entries)

@@ -180,7 +180,7 @@ def _uds_table(point: dict[str, Any]) -> str:
             ("ms", lambda entry: entry["seconds"] * 1e3, ".3f"),
             ("peak MiB", lambda entry: entry.get("peak_mib"), ".1f"),
             ("norm rel", error("nuclear_norm"), ".1e"),
-            ("embed. rel", error("embedding"), ".1e"),
+            ("emb. rel", error("embedding"), ".1e"),
         ],
     )
 
