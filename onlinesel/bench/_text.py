@@ -126,7 +126,7 @@ def bars(
         axes.bar_label(drawn, fmt="{:.4g}", padding=2, fontsize=6)
     axes.set_yticks(range(len(labels)), [label.strip() for label in labels], fontsize=8)
     axes.invert_yaxis()
-    axes.margins(x=0.15)
+    axes.margins(x=0.2)
     axes.set_xlabel(unit)
     if len(series) > 1:
         axes.legend(
