@@ -131,5 +131,5 @@ def bars(
     if len(series) > 1:
         axes.legend(
             frameon=False, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0),
-            ncols=len(series),
+            ncols=len(series), columnspacing=1, handlelength=1,
         )  # fmt: skip

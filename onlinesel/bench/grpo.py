@@ -155,8 +155,7 @@ def figure(result: dict[str, Any], path: str) -> None:
     parts = (("seconds", "seconds, forward and backward"), ("peak_mib", "peak MiB beyond inputs"))
     for axes, (key, unit) in zip(drawing.axes, parts, strict=True):
         series = {
-            f"{p['dropped']:.0%} dropped": [e.get(key) for e in p["ways"].values()]
-            for p in points
+            f"{p['dropped']:.0%} dropped": [e.get(key) for e in p["ways"].values()] for p in points
         }
         bars(axes, labels, series, unit)
     drawing.suptitle(
