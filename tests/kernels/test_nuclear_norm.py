@@ -14,11 +14,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from onlinesel.kernels import HeadGram, LMHead, logit_nuclear_norm
-from onlinesel.kernels.nuclear_norm import _polar_coefficients
+from onlinesel.kernels.nuclear_norm import (
+    _POLAR_CUSHION,
+    _POLAR_LOWER,
+    _POLAR_STEPS,
+    _polar_coefficients,
+)
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "uds.json").read_text())
 # Relative error allowed to each method in float32.
 METHODS = {"auto": 1e-6, "gram": 1e-6, "svd": 1e-6, "polar": 2e-6, "stream": 1e-6}
+
+
+CASES = ["base", "steep", "deep", "mean", "duplicated", "zeros", "one", "tall", "short"]
 
 
 def true_norm(hidden: Tensor, head: LMHead, rows: Tensor | None = None) -> Tensor:
@@ -41,18 +49,21 @@ def synthetic(case: str) -> tuple[Tensor, Tensor]:
     """Hidden states and weight in bfloat16, with the spectra of the acceptance list."""
     g = torch.Generator().manual_seed(0)
     d, v, t = 96, 1500, {"one": 1, "tall": 150, "short": 8}.get(case, 64)
-    steep = torch.arange(1, d + 1).double() ** -(1.6 if case == "steep" else 0.5)
+    power = {"steep": 1.6, "deep": 2.2}.get(case, 0.5)  # logits of condition 5e4, 4e6, 900
+    steep = torch.arange(1, d + 1).double() ** -power
     hidden = torch.randn(2, t, d, generator=g).double() * steep
     weight = 0.05 * torch.randn(v, d, generator=g).double() * steep.sqrt()
     if case == "mean":
         hidden += 10 * torch.randn(d, generator=g) * steep
     if case == "duplicated":
         hidden[:, t // 2 :] = hidden[:, : t // 2]
+    if case == "zeros":
+        hidden[0, ::2] = hidden[1, 5:] = 0
     return hidden.bfloat16(), weight.bfloat16()
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("case", ["base", "steep", "mean", "duplicated", "one", "tall", "short"])
+@pytest.mark.parametrize("case", CASES)
 def test_accuracy(case: str, method: str) -> None:
     hidden, weight = synthetic(case)
     head = LMHead(weight)
@@ -207,10 +218,26 @@ def test_autocast_does_not_reach_the_products() -> None:
 
 
 def test_polar_steps_take_singular_values_to_one() -> None:
-    x = torch.logspace(-5, 0, 400, dtype=torch.float64) / 1.01
-    for a, b, c in _polar_coefficients(10, 1e-5):
-        x = x * (a + b * x**2 + c * x**4)
-    assert (x - 1).abs().max() < 2e-5
+    for steps, lower in ((_POLAR_STEPS, _POLAR_LOWER), (10, 1e-4)):
+        x = torch.logspace(math.log10(lower), 0, 4000, dtype=torch.float64) / 1.01
+        large = x > _POLAR_CUSHION
+        for a, b, c in _polar_coefficients(steps, lower):
+            x = x * (a + b * x**2 + c * x**4)
+            # No step takes a large one close to 0, where rounding would turn its direction.
+            assert x.min() > 0 and x.max() < 2.01 and x[large].min() > 0.15
+        assert (x - 1).abs().max() < 2e-7
+
+
+@pytest.mark.parametrize("power", [0.5, 1.6])
+@pytest.mark.parametrize(("d", "t"), [(512, 128), (384, 700)])
+def test_polar_accuracy_at_size(d: int, t: int, power: float) -> None:
+    g = torch.Generator().manual_seed(1)
+    spectrum = torch.arange(1, d + 1).double() ** -power  # 1.6: condition 1e6 and 5e6
+    hidden = (torch.randn(1, t, d, generator=g).double() * spectrum).bfloat16()
+    weight = 0.05 * torch.randn(2000, d, generator=g).double() * spectrum.sqrt()
+    head = LMHead(weight.bfloat16())
+    true = true_norm(hidden, head)
+    assert relative(logit_nuclear_norm(hidden, head, method="polar"), true) <= 2e-6
 
 
 @pytest.mark.parametrize(("change", "text"), [

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from onlinesel.kernels import JLProjector, LMHead
+from tests.kernels.test_nuclear_norm import CASES, synthetic
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "uds.json").read_text())
 INPUTS, EXPECTED = GOLDEN["inputs"], GOLDEN["expected"]
@@ -48,6 +49,20 @@ def test_golden(
     true = torch.tensor(EXPECTED[f"projection_{name}"], dtype=torch.float64)
     assert ours.dtype == dtype and ours.shape == (4, projector.size)
     assert float((ours - true).norm() / true.norm()) <= limit
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_accuracy_on_bfloat16_inputs(case: str, bias: bool) -> None:
+    hidden, weight = synthetic(case)
+    offset = torch.linspace(-1, 1, 1500).bfloat16() if bias else None
+    projector, head = JLProjector(1500, 200, vocab_dim=16), LMHead(weight, offset, scale=-0.7)
+    z = -0.7 * (hidden.double() @ weight.double().T + (0 if offset is None else offset.double()))
+    true = explicit(projector, z)
+    for folded in (projector.fold(head), head):
+        ours = projector.project(hidden, folded)
+        assert ours.dtype == torch.float32
+        assert float((ours - true).norm() / true.norm()) <= 2e-6
 
 
 def test_golden_matrices() -> None:
