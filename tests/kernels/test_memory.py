@@ -135,6 +135,16 @@ def test_policy_logprobs_as_on_a_gpu(
     assert forward <= 96 * MIB and seen.peak - size <= 96 * MIB, (seen.peak / MIB, seen.where)
 
 
+def test_the_sizes_of_tiles() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert _stream.tile_shape(gpu, VOCAB, None, None) == (4096, 2048)  # 32 MiB of logits
+    assert _stream.tile_shape(gpu, VOCAB, None, None, 896) == (4096, 2048)
+    assert _stream.tile_shape(gpu, VOCAB, None, None, 3584) == (1170, 1170)  # 16 MiB of factors
+    assert _stream.tile_shape(gpu, VOCAB, 50, 70, 3584) == (50, 70)
+    assert _stream.tile_shape(cpu, VOCAB, None, None, 3584) == (4096, 256)
+    assert _stream.tile_shape(cpu, 5000, None, None) == (5000, 209)
+
+
 def test_the_measure_sees_what_lives_at_a_time() -> None:
     given = torch.zeros(1000, dtype=torch.float64)
     with PeakBytes(given) as seen:
