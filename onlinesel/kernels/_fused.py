@@ -35,6 +35,9 @@ class Blocks(NamedTuple):
         tiles: Tiles of a split.
         together: Blocks of tokens that share one read of the weight: their hidden states should
             fit the cache of the device beside it.
+        described: Load through tensor descriptors, which Hopper's copy engine (TMA) serves. Off
+            everywhere: compiled for Hopper it spills no register where plain loads spill a few,
+            but no GPU has told whether it is faster.
     """
 
     tokens: int
@@ -44,6 +47,7 @@ class Blocks(NamedTuple):
     stages: int
     tiles: int = 32
     together: int = 16
+    described: bool = False
 
 
 def default_blocks(dtype: torch.dtype, shared: int) -> Blocks:
@@ -101,6 +105,23 @@ def _product(
     return z
 
 
+@triton.jit
+def _described(matrix, rows, width, stride, ROWS: tl.constexpr, DEPTH: tl.constexpr):
+    return tl.make_tensor_descriptor(matrix, [rows, width], [stride, 1], [ROWS, DEPTH])
+
+
+@triton.jit
+def _described_product(h_tiles, w_tiles, row, column, width, UPCAST: tl.constexpr):
+    """Return the tile at (row, column) of H W^T; what lies outside H or W is loaded as 0."""
+    z = tl.zeros([h_tiles.block_shape[0], w_tiles.block_shape[0]], tl.float32)
+    for k in range(0, width, h_tiles.block_shape[1]):
+        h, w = h_tiles.load([row, k]), w_tiles.load([column, k])
+        if UPCAST:  # the interpreter multiplies bfloat16 by its bits
+            h, w = h.to(tl.float32), w.to(tl.float32)
+        z = tl.dot(h, w.T, z, input_precision="ieee")
+    return z
+
+
 # A kernel for one token and one for 16 n tokens more would only be compiled more often.
 @triton.jit(do_not_specialize=["count"])
 def fused_kernel(
@@ -108,7 +129,7 @@ def fused_kernel(
     scale, cap, BIAS: tl.constexpr, CAP: tl.constexpr, TEMPERED: tl.constexpr,
     SQUARES: tl.constexpr, SPREAD: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
     TOKENS: tl.constexpr, ENTRIES: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr,
-    TOGETHER: tl.constexpr,
+    TOGETHER: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Write the summary of one block of tokens over one split, to ``out`` (splits, 5, count)."""
     splits = tl.cdiv(vocab, ENTRIES * TILES)
@@ -120,6 +141,9 @@ def fused_kernel(
     if TEMPERED:
         factor = tl.load(inverse + rows, mask=real, other=1.0)[:, None]
     h_at = hidden + rows.to(tl.int64)[:, None] * hidden_stride
+    if DESCRIBED:
+        h_tiles = _described(hidden, count, width, hidden_stride, TOKENS, DEPTH)
+        w_tiles = _described(weight, vocab, width, weight_stride, ENTRIES, DEPTH)
     m = tl.full([TOKENS], _LOWEST, tl.float32)
     y = tl.zeros([TOKENS], tl.float32)
     s, q, u = y, y, y
@@ -127,8 +151,11 @@ def fused_kernel(
     for start in range(first, min(first + TILES * ENTRIES, vocab), ENTRIES):
         columns = start + tl.arange(0, ENTRIES)
         known = columns < vocab
-        w_at = weight + columns.to(tl.int64)[None, :] * weight_stride
-        z = _product(h_at, w_at, real, known, width, UPCAST, EVEN, TOKENS, ENTRIES, DEPTH)
+        if DESCRIBED:
+            z = _described_product(h_tiles, w_tiles, block * TOKENS, start, width, UPCAST)
+        else:
+            w_at = weight + columns.to(tl.int64)[None, :] * weight_stride
+            z = _product(h_at, w_at, real, known, width, UPCAST, EVEN, TOKENS, ENTRIES, DEPTH)
         offset = 0.0
         if BIAS:
             offset = tl.load(bias + columns, mask=known, other=0.0).to(tl.float32)[None, :]
@@ -193,6 +220,21 @@ def merge_kernel(
     tl.store(out + 4 * count + rows, u, mask=real)
 
 
+def _prepare_descriptors(*matrices: Tensor) -> None:
+    """Check what a tensor descriptor asks of its matrix, and give triton the memory it takes."""
+    for matrix in matrices:
+        if matrix.data_ptr() % 16 or matrix.stride(0) * matrix.itemsize % 16:
+            raise ValueError(
+                "fused_state: described blocks need rows that start at multiples of 16 bytes, got "
+                f"a stride of {matrix.stride(0)} {matrix.dtype}. Leave described out."
+            )
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=matrices[0].device)
+
+    triton.set_allocator(allocate)
+
+
 def fused_state(
     states: Tensor,
     head: LMHead,
@@ -212,6 +254,8 @@ def fused_state(
     states = states if states.stride(1) == 1 else states.contiguous()
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     b = blocks or default_blocks(states.dtype, _shared_memory(states.device))
+    if b.described:
+        _prepare_descriptors(states, weight)
     splits = triton.cdiv(vocab, b.entries * b.tiles)
     out = states.new_empty((splits, 5, count), dtype=torch.float32)
     fused_kernel[(triton.cdiv(count, b.tokens) * splits,)](
@@ -219,8 +263,8 @@ def fused_state(
         weight.stride(0), head.scale, head.softcap or 0.0, BIAS=head.bias is not None,
         CAP=head.softcap is not None, TEMPERED=inverse is not None, SQUARES=squares, SPREAD=spread,
         UPCAST=states.device.type == "cpu", EVEN=width % b.depth == 0, TOKENS=b.tokens,
-        ENTRIES=b.entries, DEPTH=b.depth, TILES=b.tiles, TOGETHER=b.together, num_warps=b.warps,
-        num_stages=b.stages,
+        ENTRIES=b.entries, DEPTH=b.depth, TILES=b.tiles, TOGETHER=b.together,
+        DESCRIBED=b.described, num_warps=b.warps, num_stages=b.stages,
     )  # fmt: skip
     merged = states.new_empty((5, count), dtype=torch.float32)
     merge_kernel[(triton.cdiv(count, 128),)](

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
+from triton.runtime.interpreter import TensorDescHandle
 
 from onlinesel.kernels import LMHead, TokenScores, policy_logprobs, token_scores
 from onlinesel.kernels import _fused as fused
@@ -157,6 +158,36 @@ def test_only_what_is_asked_for(backend: str) -> None:
     for name in NUMBERS:
         out = run(hidden, head, labels, backend, outputs=(name,))
         assert torch.equal(getattr(out, name), getattr(full, name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("n", "d", "v"), [(1, 40, 7), (37, 72, 203), (17, 48, 256)])
+def test_descriptors_load_the_same(n: int, d: int, v: int, dtype: torch.dtype) -> None:
+    hidden, head, labels = sample(n, d, v, std=5.0, dtype=dtype)
+    given = (hidden, head, labels, torch.linspace(0.5, 2.0, n), True, True)
+    plain = fused.fused_state(*given, SMALL)
+    loaded: list[object] = []
+    load = TensorDescHandle.validate
+
+    def validate(self: TensorDescHandle) -> None:
+        loaded.append(self)
+        load(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TensorDescHandle, "validate", validate)
+        described = fused.fused_state(*given, SMALL._replace(described=True))
+    assert loaded  # by descriptors indeed
+    for one, two in zip(described, plain, strict=True):
+        assert one is not None and two is not None and torch.equal(one, two)
+
+
+def test_descriptors_need_aligned_rows() -> None:
+    hidden, head, labels = sample(5, 33, 40)
+    described = SMALL._replace(described=True)
+    for states in (hidden, torch.zeros(5 * 36 + 1)[1:].view(5, 36)):
+        wide = head if states is hidden else LMHead(torch.zeros(40, 36))
+        with pytest.raises(ValueError, match="described blocks need rows that start at multiples"):
+            fused.fused_state(states, wide, labels, None, True, True, described)
 
 
 def test_a_token_does_not_depend_on_its_company() -> None:

@@ -225,3 +225,16 @@ def test_a_nan_stays_in_its_row_on_a_gpu(entries: int, backend: str) -> None:
         torch.testing.assert_close(
             getattr(out, name).cpu(), getattr(oracle, name), rtol=1e-4, atol=3e-5, equal_nan=True
         )
+
+
+@pytest.mark.gpu
+def test_loads_by_descriptors_on_a_gpu() -> None:
+    fused = pytest.importorskip("onlinesel.kernels._fused")
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs the copy engine of Hopper")
+    hidden, head, labels = sample(500, 896, 32000, std=7.0, dtype=torch.bfloat16)
+    given = (hidden.cuda(), LMHead(head.weight.cuda()), labels.cuda(), None, True, True)
+    blocks = fused.default_blocks(torch.bfloat16, 227 * 1024)
+    found = fused.fused_state(*given, blocks._replace(described=True))
+    for one, two in zip(found, fused.fused_state(*given, blocks), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-5)

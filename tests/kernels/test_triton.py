@@ -71,7 +71,7 @@ def fused(blocks: Any, dtype: str, *, everything: bool, even: bool = True, arch:
     types |= {"vocab": "i32", "width": "i32", "hidden_stride": "i32", "weight_stride": "i32"}
     types |= {"scale": "fp32", "cap": "fp32"}
     constants = {"BIAS": everything, "CAP": everything, "TEMPERED": everything, "SQUARES": True}
-    constants |= {"SPREAD": True, "UPCAST": False, "EVEN": even}
+    constants |= {"SPREAD": True, "UPCAST": False, "EVEN": even, "DESCRIBED": blocks.described}
     constants |= {name.upper(): getattr(blocks, name) for name in ("tokens", "entries", "depth")}
     constants |= {name.upper(): getattr(blocks, name) for name in ("tiles", "together")}
     if everything:
@@ -105,6 +105,20 @@ def test_the_fused_kernel_on_hopper(
     assert "wgmma" in result.asm["ptx"]  # the tensor cores of Hopper
     assert found["REG"] <= 255 and found["STACK"] <= 64, found
     assert result.metadata.shared <= 227 * 1024  # what one multiprocessor has
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_the_fused_kernel_with_descriptors_on_hopper(everything: bool, tmp_path: Path) -> None:
+    import torch
+
+    from onlinesel.kernels import _fused
+
+    blocks = _fused.default_blocks(torch.bfloat16, 227 * 1024)._replace(described=True)
+    result = fused(blocks, "*bf16", everything=everything)
+    found = usage(result, tmp_path)
+    assert "cp.async.bulk.tensor" in result.asm["ptx"] and "wgmma" in result.asm["ptx"]
+    assert found["REG"] <= 255 and found["STACK"] == 0, found
+    assert result.metadata.shared <= 227 * 1024
 
 
 def test_the_fused_kernel_in_float32(tmp_path: Path) -> None:
