@@ -31,9 +31,7 @@ def quantized_rows(module: Any) -> RowSource | None:
     kind = type(weight)
     state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
     if kind.__name__ == "Params4bit" and state is not None:
-        # What evaluation on some CPUs makes of the weight.
-        packed = getattr(state, "packing_format_for_cpu", False)
-        return (_PackedFourBit if packed else _FourBit)(weight.data, state)
+        return _FourBit(weight, state)
     if kind.__name__ == "Int8Params" and weight.dtype == torch.int8:
         return _EightBit(weight.data, _row_scales(module))
     if kind.__module__.startswith("torchao."):
@@ -58,15 +56,26 @@ def _unknown(layer: str, weight: str) -> str:
 
 
 class _FourBit:
-    """bitsandbytes' NF4 and FP4: blocks of consecutive elements, row after row, share a scale."""
+    """bitsandbytes' NF4 and FP4: blocks of consecutive elements, row after row, share a scale.
 
-    def __init__(self, weight: Tensor, state: Any) -> None:
-        self._codes, self._state = weight.reshape(-1).view(torch.uint8), state
+    Evaluation on a CPU that multiplies bfloat16 changes the layout of the weight in place, and
+    ``state_dict`` changes it back, so the layout is looked up for each range.
+    """
+
+    _TOGETHER = 32  # rows of the other layout
+
+    def __init__(self, weight: Any, state: Any) -> None:
+        self._weight, self._state = weight, state
         self.shape: tuple[int, ...] = tuple(state.shape)
-        self.dtype: torch.dtype = state.dtype
-        self.device = weight.device
+        self.device: torch.device = weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._state.dtype
 
     def rows(self, start: int, stop: int) -> Tensor:
+        if getattr(self._state, "packing_format_for_cpu", False):
+            return self._packed_rows(start, stop)
         state, width, size = self._state, self.shape[1], self.shape[0] * self.shape[1]
         functional = importlib.import_module("bitsandbytes.functional")
         # Whole blocks, and whole blocks of blocks where the scales are quantised as well.
@@ -74,7 +83,8 @@ class _FourBit:
         first = start * width // step * step
         last = min(-(-stop * width // step) * step, size)
         blocks = slice(first // state.blocksize, -(-last // state.blocksize))
-        scales = state.absmax[blocks]
+        # bitsandbytes 0.50 leaves plain scales as they are when it changes a layout back.
+        scales = (state.absmax if state.absmax.dim() == 1 else state.absmax.T.flatten())[blocks]
         if state.nested:
             outer, step2 = state.state2, state.state2.blocksize
             above = outer.absmax[blocks.start // step2 : -(-blocks.stop // step2)]
@@ -86,33 +96,22 @@ class _FourBit:
             scales.float(), shape=torch.Size((last - first,)), code=state.code, dtype=state.dtype,
             blocksize=state.blocksize, quant_type=state.quant_type,
         )  # fmt: skip
-        codes = self._codes[first // 2 : -(-last // 2)]
+        codes = self._weight.data.reshape(-1).view(torch.uint8)[first // 2 : -(-last // 2)]
         flat: Tensor = functional.dequantize_4bit(codes.unsqueeze(1), inside).reshape(-1)
         return flat[start * width - first : stop * width - first].view(stop - start, width)
 
+    def _packed_rows(self, start: int, stop: int) -> Tensor:
+        """Return rows of the other layout, in which 32 rows lie together.
 
-class _PackedFourBit:
-    """What bitsandbytes makes of a 4-bit weight in evaluation, on a CPU that multiplies bfloat16.
-
-    32 rows lie together: for each pair of columns 64 codes, two for each row, of which the lower
-    32 are the low halves of 32 bytes and the upper 32 the high halves.
-    """
-
-    _TOGETHER = 32
-
-    def __init__(self, weight: Tensor, state: Any) -> None:
-        self._state = state
-        self.shape: tuple[int, ...] = tuple(state.shape)
-        self.dtype: torch.dtype = state.dtype
-        self.device = weight.device
-        self._codes = weight.reshape(-1, self.shape[1] // 2, self._TOGETHER)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        first, last = start // self._TOGETHER, -(-stop // self._TOGETHER)
-        packed = self._codes[first:last]
-        codes = torch.cat((packed & 15, packed >> 4), 2).unflatten(2, (self._TOGETHER, 2))
-        codes = codes.transpose(1, 2).reshape(-1, self.shape[1])
-        here = slice(start - first * self._TOGETHER, stop - first * self._TOGETHER)
+        For each pair of columns there are 64 codes, two for each row, of which the first 32 are
+        the low halves of 32 bytes and the others the high halves.
+        """
+        together, width = self._TOGETHER, self.shape[1]
+        first, last = start // together, -(-stop // together)
+        packed = self._weight.data.reshape(-1, width // 2, together)[first:last]
+        codes = torch.cat((packed & 15, packed >> 4), 2).unflatten(2, (together, 2))
+        codes = codes.transpose(1, 2).reshape(-1, width)
+        here = slice(start - first * together, stop - first * together)
         scales = self._state.absmax.T[start:stop].float()
         values = self._state.code.to(codes.device)[codes[here].long()]
         return (values * scales.repeat_interleave(self._state.blocksize, 1)).to(self.dtype)

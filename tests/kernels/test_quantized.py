@@ -112,16 +112,21 @@ def test_the_layout_that_evaluation_makes_on_a_cpu(nested: bool) -> None:
     layer = four_bit(224, 128, quant_type="nf4", compress_statistics=nested)
     if not layer.support_avx512bf16_for_cpu:
         pytest.skip("this CPU does not multiply bfloat16")
-    before = whole_four_bit(layer)
-    with torch.no_grad():
-        layer.eval()(torch.ones(2, 128))
-    assert layer.weight.quant_state.packing_format_for_cpu
-    rows = quantized_rows(layer)
+    before, rows = whole_four_bit(layer), quantized_rows(layer)
     assert rows is not None
+    with torch.no_grad():
+        layer.eval()(torch.ones(2, 128))  # which changes the weight under the rows
+    assert layer.weight.quant_state.packing_format_for_cpu
     for start, stop in ((0, 224), (0, 1), (31, 33), (60, 130), (223, 224)):
         # Its scales are rounded to bfloat16, and so are the rows.
         torch.testing.assert_close(
             rows.rows(start, stop).float(), before[start:stop], rtol=2**-7, atol=0
+        )
+    layer.state_dict()  # changes it back
+    assert not layer.weight.quant_state.packing_format_for_cpu
+    for start, stop in ((31, 33), (60, 130)):  # nested scales are quantised a second time
+        torch.testing.assert_close(
+            rows.rows(start, stop), before[start:stop], rtol=0.05 if nested else 2**-7, atol=0
         )
 
 
