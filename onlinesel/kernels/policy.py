@@ -243,6 +243,9 @@ def _gradients(
     of_states = torch.zeros_like(factors, dtype=dtype) if wanted[0] else None
     of_weight = torch.zeros_like(base) if isinstance(base, Tensor) and wanted[1] else None
     of_bias = torch.zeros_like(bias) if bias is not None and wanted[2] else None
+    if of_weight is not None and plan.vocab_chunk is None:
+        # The sums of a tile's rows and what is added to them: 32 MiB each at most.
+        width = min(width, max(64, 2**23 // head.hidden_size))
     adapters = [
         AdapterGradient(low, factors, step, dtype, wanted[3 + 2 * i : 5 + 2 * i])
         for i, low in enumerate(head.low_rank)

@@ -106,9 +106,12 @@ def test_token_scores_as_on_a_gpu(
 
 
 @needs_triton
-@pytest.mark.parametrize(("kind", "d"), [("plain", 896), ("lora", 3584), ("qlora", 3584)])
+@pytest.mark.parametrize(("kind", "d", "trains"), [
+    ("plain", 896, False), ("lora", 3584, False), ("qlora", 3584, False),
+    ("plain", 896, True), ("plain", 3584, True), ("lora", 3584, True),
+])  # fmt: skip
 def test_policy_logprobs_as_on_a_gpu(
-    like_cuda: None, kind: str, d: int, monkeypatch: pytest.MonkeyPatch
+    like_cuda: None, kind: str, d: int, trains: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Forward and backward, beyond the gradients themselves, in the accumulation dtype at that.
     def take(owner: str, hidden: Tensor, head: LMHead, labels: Tensor, *_: Any) -> Tokens:
@@ -127,10 +130,10 @@ def test_policy_logprobs_as_on_a_gpu(
                 hidden, labels, None, logprobs, entropy, logprobs, logprobs, entropy
             )
             plan = policy._Plan(None, "tile", None, None, None)  # type: ignore[arg-type]
-            wanted = (True, False, False, *(True for _ in thin))
-            of_states, of_thin = policy._gradients(rows, head, wanted, plan)
-        gradients = [g for g in (of_states, *of_thin) if g is not None]
-    assert len(gradients) == 1 + len(thin)
+            wanted = (True, trains, False, *(True for _ in thin))
+            of_states, of_head = policy._gradients(rows, head, wanted, plan)
+        gradients = [g for g in (of_states, *of_head) if g is not None]
+    assert len(gradients) == 1 + trains + len(thin)
     size = sum(g.untyped_storage().nbytes() for g in gradients)
     assert forward <= 96 * MIB and seen.peak - size <= 96 * MIB, (seen.peak / MIB, seen.where)
 
