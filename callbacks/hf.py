@@ -6,7 +6,8 @@ methods **of that instance**; :meth:`OnlineSelection.detach` puts everything bac
 - ``get_train_dataloader``: candidate batches are larger, and row ids ride in them;
 - ``get_batch_samples``: the one place where all micro-batches of an optimizer step are in hand and
   the loss normaliser is not counted yet: score, choose, deal out, count;
-- ``compute_loss``: row weights enter the loss that the host computes itself;
+- ``compute_loss``: row weights enter the loss that the host computes itself, and with
+  ``reuse_forward`` the layers give back what they gave when they were scored;
 - ``log``: metrics join the host's own;
 - ``_save_rng_state`` and ``_inner_training_loop``: the state goes into the checkpoint before the
   checkpoint counts as written, and comes back from the path that only the inner loop is told.
