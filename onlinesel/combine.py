@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from onlinesel._contract import begin, decide, learn
 from onlinesel.types import Selection, Signals, State, Strategy
 
 __all__ = ["Chain", "When"]
@@ -102,9 +103,13 @@ class Chain(Strategy):
         """Return the union of what the parts need at ``step``."""
         return tuple(dict.fromkeys(n for part in self.parts for n in part.needs_at(step)))
 
+    def needs_for(self, step: int, rows: int) -> tuple[str, ...]:
+        """Return the union of what the parts need at ``step`` from so many candidates."""
+        return tuple(dict.fromkeys(n for part in self.parts for n in part.needs_for(step, rows)))
+
     def init(self) -> State:
         """Return the parts' states, each under its number."""
-        states = (_prefixed(part.init(), str(i)) for i, part in enumerate(self.parts))
+        states = (_prefixed(begin(part), str(i)) for i, part in enumerate(self.parts))
         return {name: value for state in states for name, value in state.items()}
 
     def select(
@@ -115,8 +120,8 @@ class Chain(Strategy):
         metrics: dict[str, Tensor] = {}
         new: State = {}
         for i, part in enumerate(self.parts):
-            selection, after = part.select(
-                signals, _part(state, str(i)), keep=keep, step=step, generator=generator
+            selection, after = decide(
+                part, signals, _part(state, str(i)), keep=keep, step=step, generator=generator
             )
             weights = _product(weights, selection.weights)
             scores = selection.scores if scores is None else scores
@@ -128,7 +133,7 @@ class Chain(Strategy):
         """Let every part observe."""
         new: State = {}
         for i, part in enumerate(self.parts):
-            new.update(_prefixed(part.observe(signals, _part(state, str(i))), str(i)))
+            new.update(_prefixed(learn(part, signals, _part(state, str(i))), str(i)))
         return new
 
     def merge(self, states: Sequence[State]) -> State:
@@ -203,9 +208,14 @@ class When(Strategy):
         i = 0 if self.active(step) else 1
         return self._parts[i].needs_at(step) if i < len(self._parts) else ()
 
+    def needs_for(self, step: int, rows: int) -> tuple[str, ...]:
+        """Return what the side whose turn it is needs from so many candidates."""
+        i = 0 if self.active(step) else 1
+        return self._parts[i].needs_for(step, rows) if i < len(self._parts) else ()
+
     def init(self) -> State:
         """Return the state of both sides."""
-        states = (_prefixed(part.init(), str(i)) for i, part in enumerate(self._parts))
+        states = (_prefixed(begin(part), str(i)) for i, part in enumerate(self._parts))
         return {name: value for state in states for name, value in state.items()}
 
     def select(
@@ -215,8 +225,8 @@ class When(Strategy):
         i = 0 if self.active(step) else 1
         if i >= len(self._parts):
             return Selection(torch.ones(signals.size)), state
-        selection, after = self._parts[i].select(
-            signals, _part(state, str(i)), keep=keep, step=step, generator=generator
+        selection, after = decide(
+            self._parts[i], signals, _part(state, str(i)), keep=keep, step=step, generator=generator
         )
         # Only the other side's: a ledger has other keys after its runs were merged.
         rest = {name: value for name, value in state.items() if not name.startswith(f"{i}.")}
@@ -226,7 +236,7 @@ class When(Strategy):
         """Let both sides observe, so that a table is warm when its window opens."""
         new: State = {}
         for i, part in enumerate(self._parts):
-            new.update(_prefixed(part.observe(signals, _part(state, str(i))), str(i)))
+            new.update(_prefixed(learn(part, signals, _part(state, str(i))), str(i)))
         return new
 
     def merge(self, states: Sequence[State]) -> State:

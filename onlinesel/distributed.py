@@ -27,6 +27,7 @@ __all__ = [
     "check_agreement",
     "exchange_rows",
     "gather_signals",
+    "largest_over_ranks",
     "rank",
     "sum_over_ranks",
     "world_size",
@@ -86,6 +87,11 @@ def _largest(numbers: Sequence[int], device: torch.device | str) -> list[int]:
     values = torch.tensor(numbers, dtype=torch.int64, device=device)
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return [int(value) for value in values.tolist()]
+
+
+def largest_over_ranks(number: int, device: torch.device | str = "cpu") -> int:
+    """Return the largest of a number over all ranks, each of which must ask."""
+    return number if world_size() == 1 else _largest([number], device)[0]
 
 
 def _digest(*parts: Any) -> int:

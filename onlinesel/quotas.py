@@ -10,6 +10,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from onlinesel._contract import begin, decide, learn
 from onlinesel.types import Selection, Signals, State, Strategy
 
 __all__ = ["PerGroup", "apportion"]
@@ -127,9 +128,13 @@ class PerGroup(Strategy):
         """Return what the strategy needs at ``step``, and the group."""
         return tuple(dict.fromkeys((*self.strategy.needs_at(step), "group")))
 
+    def needs_for(self, step: int, rows: int) -> tuple[str, ...]:
+        """Return what the strategy needs where all candidates are of one group, and the group."""
+        return tuple(dict.fromkeys((*self.strategy.needs_for(step, rows), "group")))
+
     def init(self) -> State:
         """Return the strategy's state."""
-        return self.strategy.init()
+        return begin(self.strategy)
 
     def select(
         self, signals: Signals, state: State, *, keep: int, step: int, generator: torch.Generator
@@ -148,8 +153,8 @@ class PerGroup(Strategy):
             if not quota:
                 continue
             rows = (place == i).nonzero().flatten()
-            selection, state = self.strategy.select(
-                signals.take(rows), state, keep=quota, step=step, generator=generator
+            selection, state = decide(
+                self.strategy, signals.take(rows), state, keep=quota, step=step, generator=generator
             )
             asked.append((rows, selection))
         return _joined(asked, signals.size), state
@@ -175,7 +180,7 @@ class PerGroup(Strategy):
 
     def observe(self, signals: Signals, state: State) -> State:
         """Let the strategy observe."""
-        return self.strategy.observe(signals, state)
+        return learn(self.strategy, signals, state)
 
     def merge(self, states: Sequence[State]) -> State:
         """Let the strategy unite what several ranks remember."""

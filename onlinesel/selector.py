@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onlinesel._contract import begin, check_strategy, decide, learn
 from onlinesel.types import Selection, Signals, Strategy
 from onlinesel.weights import effective_size
 
@@ -82,10 +83,11 @@ class Selector:
                 f"Selector: strategy must be a Strategy instance, got {strategy!r}. "
                 "Pass the method itself, for example Selector(TopLoss())."
             )
+        check_strategy(strategy)
         self.strategy = strategy
         self.step = 0
         self._generator = torch.Generator().manual_seed(seed)
-        self._state = strategy.init()
+        self._state = begin(strategy)
         self._last: tuple[Signals, Selection] | None = None
 
     def select(
@@ -102,7 +104,9 @@ class Selector:
             The decision, on the CPU. Rows whose needed signals are not finite have weight 0.
 
         Raises:
-            ValueError: ``keep`` below 1, or a signal is missing.
+            ValueError: ``keep`` below 1, a signal is missing, or the strategy does not keep to the
+                contract; :class:`onlinesel.Strategy` states it.
+            TypeError: The strategy returns something else than a selection and a state.
         """
         if keep is not None and keep < 1:
             raise ValueError(
@@ -112,15 +116,10 @@ class Selector:
         keep = min(signals.size, keep or signals.size)
         step = self.step if step is None else step
         with torch.no_grad():
-            selection, self._state = self.strategy.select(
-                signals, self._state, keep=keep, step=step, generator=self._generator
-            )
-        if selection.weights.shape[0] != signals.size:
-            raise ValueError(
-                f"{type(self.strategy).__name__}: weights must have one row per candidate "
-                f"({signals.size}), got {tuple(selection.weights.shape)}. "
-                "Return 0 for rows that drop."
-            )
+            selection, self._state = decide(
+                self.strategy, signals, self._state,
+                keep=keep, step=step, generator=self._generator,
+            )  # fmt: skip
         selection = _finite_only(selection, signals, self.strategy.needs_at(step))
         self.step = step + 1
         self._last = (signals, selection)
@@ -129,7 +128,7 @@ class Selector:
     def observe(self, signals: Signals) -> None:
         """Hand the strategy what the training forward showed about the rows that trained."""
         with torch.no_grad():
-            self._state = self.strategy.observe(signals.to("cpu"), self._state)
+            self._state = learn(self.strategy, signals.to("cpu"), self._state)
 
     def metrics(self) -> dict[str, float]:
         """Return scalars about the last decision, as :func:`describe`; empty before the first."""

@@ -33,6 +33,7 @@ from onlinesel.distributed import (
     check_agreement,
     exchange_rows,
     gather_signals,
+    largest_over_ranks,
     rank,
     sum_over_ranks,
 )
@@ -189,13 +190,13 @@ class StepPlanner:
             groups: ``(n,)`` int64 source or domain of their rows, for strategies that need it.
         """
         start = time.perf_counter()
-        needs = self.selector.strategy.needs_at(step)
         known = [
             self._known(batch, ids[m], None if groups is None else groups[m])
             for m, batch in enumerate(batches)
         ]
         # What needs no score travels while the model scores.
         started = begin_gather(_join(known), self._device) if self._scope == "global" else None
+        needs = self._needs(known, started, step)
         pairs = zip(batches, known, strict=True)
         signals = [self._scored(batch, part, needs) for batch, part in pairs]
         if self._scope == "batch":
@@ -235,6 +236,21 @@ class StepPlanner:
             )
         tokens = torch.ones_like(ids) if counts is None else counts
         return Signals(ids=ids, tokens=tokens, group=groups).to("cpu")
+
+    def _needs(
+        self, known: Sequence[Signals], started: Gathering | None, step: int
+    ) -> Sequence[str]:
+        """Return what must be scored: the same on every rank, since all forward equally often."""
+        strategy = self.selector.strategy
+        needs = tuple(strategy.needs_at(step))
+        if needs == tuple(strategy.needs_for(step, 1)):
+            return needs  # whatever their number is, and nobody waits to learn it
+        if started is not None:
+            everywhere, _ = started.wait()
+            return strategy.needs_for(step, int((everywhere["ids"] != FILLER_ID).sum()))
+        sizes = [int((part.row_ids() != FILLER_ID).sum()) for part in known]
+        most = max(sizes) if self._scope == "batch" else sum(sizes)
+        return strategy.needs_for(step, largest_over_ranks(most, self._device))
 
     def _scored(self, batch: Batch, known: Signals, needs: Sequence[str]) -> Signals:
         wanted = [name for name in needs if name not in known.present()]

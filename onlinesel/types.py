@@ -105,9 +105,13 @@ class Signals:
         """
         value = self.present().get(name)
         if value is None:
+            needs = tuple(getattr(owner, "needs", (name,)))
+            remedy = f"Use a scorer that provides '{name}'."
+            if name not in needs:
+                remedy = f"Name it in the class: needs = {(*needs, name)!r}."
             raise ValueError(
                 f"{type(owner).__name__}: signals must hold '{name}', got "
-                f"{sorted(self.present())}. Use a scorer that provides '{name}'."
+                f"{sorted(self.present())}. {remedy}"
             )
         return value
 
@@ -140,7 +144,7 @@ class Selection:
     Attributes:
         weights: ``(N,)`` float32 >= 0, relative to the candidate batch ((N, T) for token methods).
         scores: ``(N,)`` what the method ranked the rows by, for reports; None if it ranks nothing.
-        metrics: Scalars about the decision, logged by the host.
+        metrics: Scalars about the decision, as tensors or numbers, logged by the host.
 
     Example:
         >>> import torch
@@ -154,6 +158,12 @@ class Selection:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, value in (("weights", self.weights), ("scores", self.scores)):
+            if not isinstance(value, Tensor) and (name == "weights" or value is not None):
+                raise TypeError(
+                    f"Selection: {name} must be a tensor, got {type(value).__name__}. "
+                    f"Write torch.tensor({name})."
+                )
         weights = self.weights.detach().to(torch.float32)
         if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
             raise ValueError(
@@ -161,6 +171,13 @@ class Selection:
                 f"{weights.flatten()[:8].tolist()}. Give non-finite rows weight 0."
             )
         object.__setattr__(self, "weights", weights)
+        if self.scores is not None and self.scores.shape != weights.shape[:1]:
+            raise ValueError(
+                f"Selection: scores must be one number a row {tuple(weights.shape[:1])}, got shape "
+                f"{tuple(self.scores.shape)}. Leave them out where the method ranks nothing."
+            )
+        metrics = {name: torch.as_tensor(value) for name, value in self.metrics.items()}
+        object.__setattr__(self, "metrics", metrics)
 
     @property
     def rows(self) -> Tensor:
@@ -221,6 +238,14 @@ class Strategy(ABC):
         A host that asks first saves the scoring forward of steps that decide without it.
         """
         return self.needs
+
+    def needs_for(self, step: int, rows: int) -> tuple[str, ...]:
+        """Return the signals that :meth:`select` reads at ``step`` from ``rows`` candidates.
+
+        For a method that decides without its signals where there are too few candidates: a host
+        then saves the forward that would compute them. By default the number plays no part.
+        """
+        return self.needs_at(step)
 
     def init(self) -> State:
         """Return the state before the first step."""

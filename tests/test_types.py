@@ -68,6 +68,8 @@ def test_signals_of_no_common_length_are_refused(
 def test_a_missing_signal_names_who_needs_it() -> None:
     @dataclass(frozen=True)
     class Mine(Strategy):
+        needs = ("loss", "entropy")
+
         def select(self, signals, state, *, keep, step, generator):  # type: ignore[no-untyped-def]
             raise NotImplementedError
 

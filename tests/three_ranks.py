@@ -25,6 +25,9 @@ from onlinesel.distributed import (
     exchange_rows,
     gather_signals,
 )
+from onlinesel.selector import Selector
+from onlinesel.step import StepPlanner
+from onlinesel.strategies import LossReweight
 from tests.launching import leave
 
 RANKS = 3
@@ -217,7 +220,30 @@ def noted(log: list[Collective]) -> Iterator[None]:
         yield
 
 
+def all_ranks_score_or_none_does(me: int) -> None:
+    """A method that needs more rows than there are costs no forward, and no rank goes alone."""
+    for scope, least, scored in (
+        ("global", 9, False), ("global", 8, True), ("rank", 6, False), ("rank", 5, True),
+        ("batch", 5, False), ("batch", 4, True),
+    ):  # fmt: skip
+        forwards = []
+
+        def score(batch: Any, needs: Any, forwards: list[int] = forwards) -> Signals:
+            forwards.append(len(batch["input_ids"]))
+            return Signals(loss=batch["input_ids"][:, 0].float())
+
+        parts = [[[1], [1]], [[4], [1]], [[1]]][me]  # 2, 5 and 1 rows
+        batches = [row_batch(list(range(n)), dict.fromkeys(range(n), 2), False) for (n,) in parts]
+        ids = [torch.arange(n) + 10 * me + 100 * m for m, (n,) in enumerate(parts)]
+        planner = StepPlanner(Selector(LossReweight(min_rows=least)), score, scope=scope)
+        plan = planner.plan(batches, ids, step=0)
+        assert forwards == ([n for (n,) in parts] if scored else []), (scope, least, forwards)
+        flat = [w == 1.0 for weights in plan.weights for w in weights.tolist()]
+        assert all(flat) or scored, (scope, least)
+
+
 SCENES = (
+    all_ranks_score_or_none_does,
     the_simulation_sends_what_ranks_send,
     exchanged_rows_arrive_whole_and_in_order,
     ranks_of_different_sizes_are_gathered,

@@ -16,7 +16,8 @@ Where this differs from the paper, whose behaviour is :meth:`LossReweight.paper`
 to -1 and takes most of the weight. By default they are inner quantiles, which leave out at least
 one row at each end, with ``h`` clamped; no row gets more than ``cap`` times the uniform weight (the
 paper's theory assumes 2), what is cut off is spread in proportion; and fewer than ``min_rows``
-rows are weighted equally, since the range of a handful of losses means nothing.
+rows are weighted equally, since the range of a handful of losses means nothing (fewer candidates
+than that are not scored at all).
 
 Cost: one forward without gradient over the rows, a third of a training step: the weights are
 relative to all rows of the step, which the training forward of one micro-batch does not know. No
@@ -138,7 +139,8 @@ class LossReweight(Strategy):
         bounds: ``"quantile"``, or ``"minmax"`` as in the paper.
         quantiles: For ``bounds="quantile"``.
         cap: Largest weight, in units of the mean weight; None for no limit, as in the paper.
-        min_rows: With fewer usable rows all weights are equal.
+        min_rows: With fewer usable rows all weights are equal, and with fewer candidates no losses
+            are computed at all.
 
     Raises:
         ValueError: An argument that is none of these.
@@ -171,10 +173,17 @@ class LossReweight(Strategy):
         """Return the method as published: extremes as bounds, no cap, any number of rows."""
         return cls(kind, temperature, bounds="minmax", cap=None, min_rows=1)
 
+    def needs_for(self, step: int, rows: int) -> tuple[str, ...]:
+        """Return the loss, or nothing where there are too few rows to weigh."""
+        return self.needs if rows >= self.min_rows else ()
+
     def select(
         self, signals: Signals, state: State, *, keep: int, step: int, generator: torch.Generator
     ) -> tuple[Selection, State]:
         """Weigh all candidates; ``keep`` plays no part."""
+        if signals.loss is None and not self.needs_for(step, signals.size):
+            trains = torch.ones(signals.size) if signals.tokens is None else signals.tokens > 0
+            return Selection(trains.float()), state
         loss = signals.require(self, "loss")
         if signals.tokens is not None:
             loss = torch.where(signals.tokens > 0, loss, float("nan"))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onlinesel import Selector, Signals
-from onlinesel.strategies import LossReweight
+from onlinesel import Chain, Selector, Signals, Strategy, When
+from onlinesel.quotas import PerGroup
+from onlinesel.step import StepPlanner
+from onlinesel.strategies import InfoBatch, LossReweight, TopLoss
 from onlinesel.strategies.loss_reweight import cap_weights, loss_weights
 from onlinesel.weights import weighted_mean
 
@@ -181,6 +184,51 @@ def test_few_rows_are_weighted_equally() -> None:
     losses = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, NAN]
     assert weigh(LossReweight(), losses).tolist() == [1.0] * 7 + [0.0]
     assert weigh(LossReweight(min_rows=7), losses)[0] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("strategy", "few", "enough"),
+    [
+        (LossReweight(), (), ("loss",)),
+        (When(LossReweight(), start=2), (), ()),
+        (When(TopLoss(), start=2, otherwise=LossReweight()), (), ("loss",)),
+        (Chain(InfoBatch(), LossReweight()), ("ids",), ("ids", "loss")),
+        (Chain(TopLoss(), LossReweight()), ("loss",), ("loss",)),
+        (PerGroup(LossReweight()), ("group",), ("loss", "group")),
+    ],
+)
+def test_with_too_few_candidates_nothing_is_needed(
+    strategy: Strategy, few: tuple[str, ...], enough: tuple[str, ...]
+) -> None:
+    assert strategy.needs_for(0, 7) == few and strategy.needs_for(0, 8) == enough
+    assert LossReweight.paper().needs_for(0, 1) == ("loss",)
+    known = Signals(
+        ids=torch.arange(7),
+        group=torch.zeros(7, dtype=torch.int64),
+        tokens=torch.tensor([3] * 6 + [0]),
+    )
+    signals = known if "loss" not in few else replace(known, loss=torch.arange(7.0))
+    weights = Selector(strategy).select(signals, keep=7).weights
+    assert weights.tolist()[:6] == [1.0] * 6
+
+
+def test_a_row_without_labels_has_no_weight_without_losses_either() -> None:
+    signals = Signals(tokens=torch.tensor([2, 0, 1]))
+    assert Selector(LossReweight()).select(signals).weights.tolist() == [1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(("rows", "forwards"), [(4, 0), (8, 1)])
+def test_a_step_with_too_few_rows_pays_for_no_scores(rows: int, forwards: int) -> None:
+    scored = []
+
+    def score(batch: Any, needs: Any) -> Signals:
+        scored.append(batch)
+        return Signals(loss=batch["input_ids"][:, 0].float())
+
+    planner = StepPlanner(Selector(LossReweight()), score)
+    tokens = torch.arange(1, rows + 1)[:, None].expand(-1, 3).contiguous()
+    planner.plan([{"input_ids": tokens, "labels": tokens}], [torch.arange(rows)], step=0)
+    assert len(scored) == forwards
 
 
 def test_equal_losses_are_weighted_equally() -> None:
