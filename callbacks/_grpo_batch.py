@@ -11,7 +11,7 @@ from torch import Tensor
 from onlinesel.callbacks._grpo_assemble import assemble, carry, final_advantages
 from onlinesel.callbacks._grpo_checks import check_outcomes
 from onlinesel.callbacks._grpo_fill import Filled, Filler, Round
-from onlinesel.callbacks._grpo_rows import KL_FACTOR, Rows, check_text, loss_mask
+from onlinesel.callbacks._grpo_rows import ROWS, TRAINS, Rows, check_text, loss_mask
 from onlinesel.callbacks._grpo_tokens import TokenTerm
 from onlinesel.distributed import check_agreement, rank, world_size
 from onlinesel.rl.prompts import PromptPool
@@ -19,8 +19,6 @@ from onlinesel.rows import ROW_ID
 from onlinesel.selector import Selector
 
 __all__ = ["BatchMaker"]
-
-_ROW_MEANS = ("grpo", "sapo", "luspo", "dr_grpo")  # these divide by rows, muted ones included
 
 
 class BatchMaker:
@@ -136,11 +134,8 @@ class BatchMaker:
         own = self.tokens.measure(self._log_probs, rows, self._gather)
         scores = None if own is None else self._scattered(own, where)
         values = final_advantages(filled.groups, trainer, self.parts["advantages"], scores)
-        factor = len(where) * world_size() / max(len(values), 1)
-        if trainer.loss_type in _ROW_MEANS and len(values):
-            values = values * factor
-            if trainer.beta != 0.0 and factor != 1.0:
-                rows[KL_FACTOR] = torch.tensor(factor)
+        if len(where) * world_size() != len(values):
+            rows[TRAINS], rows[ROWS] = where >= 0, torch.tensor(len(values))
         if self._as_it_was(filled, rows):
             rows["advantages"] = first["advantages"]  # on a GPU the last bit may differ from ours
         else:

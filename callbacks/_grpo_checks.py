@@ -12,13 +12,14 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from onlinesel.callbacks._attach import is_stream
 from onlinesel.callbacks._grpo_seams import moved_seams
+from onlinesel.distributed import world_size
 from onlinesel.rl.prompts import PromptSampler
 from onlinesel.rl.refill import Refill
 from onlinesel.rl.temperature import AdaptiveTemperature
 from onlinesel.rl.types import Advantages, TokenWeights
 from onlinesel.types import Strategy
 
-__all__ = ["check", "refuse"]
+__all__ = ["check", "check_outcomes", "may_be_uneven", "refuse"]
 
 _OLDEST = Version("1.16")
 _TOKEN_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
@@ -142,6 +143,33 @@ def _check_groups(trainer: Any, parts: Mapping[str, Any]) -> None:
         )  # fmt: skip
     if parts["refill"] is not None and gate is None:
         refuse("refill", "used with a gate", "no gate", "Pass gate=ZeroVariance().")
+    if trainer.aux_loss_enabled and may_be_uneven(trainer, parts):
+        refuse(
+            "rows that train", f"equally many on all {world_size()} processes with router_aux_"
+            "loss_coef", f"num_generations={size}", "A row that fills up would train the router. "
+            "Make num_generations a multiple of the processes, and use no rollouts=.",
+        )  # fmt: skip
+    _check_windows(trainer, parts)
+
+
+def may_be_uneven(trainer: Any, parts: Mapping[str, Any]) -> bool:
+    """Return whether processes may get other numbers of rows that train."""
+    ranks, gated = world_size(), parts["gate"] is not None
+    divides = trainer.num_generations % ranks == 0
+    return ranks > 1 and (parts["rollouts"] is not None or (gated and not divides))
+
+
+def _check_windows(trainer: Any, parts: Mapping[str, Any]) -> None:
+    """Refuse optimizer steps over several generation batches, one of which may be empty."""
+    slices, window = trainer.args.steps_per_generation, trainer.args.gradient_accumulation_steps
+    full = parts["refill"] is not None and parts["refill"].on_short in ("top_up", "raise")
+    if parts["gate"] is None or full or not trainer.is_deepspeed_enabled or slices % window == 0:
+        return
+    refuse(
+        "steps_per_generation", "a multiple of gradient_accumulation_steps for gate= with "
+        "DeepSpeed", f"{slices} and {window}", "Its engine updates the weights before a batch "
+        "without a group that trains can be made up for.",
+    )  # fmt: skip
 
 
 def _check_prompts(trainer: Any, parts: Mapping[str, Any]) -> None:

@@ -111,6 +111,11 @@ class Filled:
     short: int = 0
 
     @property
+    def empty(self) -> bool:
+        """Whether nothing trains."""
+        return not self.groups
+
+    @property
     def training(self) -> set[int]:
         """Numbers of the groups of this batch that train."""
         return {group.number for group in self.groups}

@@ -16,8 +16,9 @@ from torch.nn.functional import pad
 
 __all__ = [
     "ENTROPY",
-    "KL_FACTOR",
+    "ROWS",
     "TEMPERATURE",
+    "TRAINS",
     "check_text",
     "join",
     "loss_mask",
@@ -30,8 +31,10 @@ __all__ = [
 
 ENTROPY = "onlinesel_entropy"
 TEMPERATURE = "onlinesel_temperature"
-KL_FACTOR = "onlinesel_kl_factor"
-"""Of a batch with muted rows, over all of whose rows the trainer takes the mean of its KL term."""
+TRAINS = "onlinesel_trains"
+"""``(B,)`` which rows train, of a batch that muted rows fill up."""
+ROWS = "onlinesel_rows"
+"""How many rows of the whole batch train, over all ranks; in the same batches."""
 
 Rows = dict[str, Tensor]
 

@@ -18,7 +18,9 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "_get_per_token_logps_and_entropies": (
         "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy",
     ),
+    "compute_loss": ("model", "inputs"),
     "_compute_loss": ("model", "inputs"),
+    "training_step": ("model", "inputs"),
     "log": ("logs", "start_time"),
     "_save_rng_state": ("output_dir",),
     "_inner_training_loop": (),
@@ -49,7 +51,7 @@ READS: dict[str, tuple[str, ...]] = {
         r"(?s)self\._get_per_token_logps_and_entropies\(.*torch\.clamp\(coef_1, 1 - "
         r"self\.epsilon_low, 1 \+ self\.epsilon_high\)",
         r'inputs\["num_items_in_batch"\]\.clamp\(min=1\.0\)',
-        # Means over the rows of a micro-batch, muted ones included.
+        # Means over the rows or the tokens of a micro-batch, or over all tokens.
         r"mask\)\.sum\(-1\) / mask\.sum\(-1\)\.clamp\(min=1\.0\)\)\.mean\(\)",
         r"per_token_loss\.size\(0\) \* self\.max_completion_length",
         r"per_token_loss = per_token_loss \+ self\.beta \* per_token_kl",
@@ -71,11 +73,11 @@ HEAD = (
 """What the source of TRL's fused head must contain."""
 
 ATTRIBUTES = (
-    "_step", "_buffered_inputs", "_tokenizer", "beta", "environment_factories", "epsilon_low",
-    "epsilon_high", "importance_sampling_level", "loss_type", "max_completion_length",
-    "multi_objective_aggregation", "num_generations", "num_iterations", "pad_to_multiple_of",
-    "reward_func_names", "reward_funcs", "reward_weights", "rollout_func", "scale_rewards",
-    "temperature", "tools", "use_transformers_continuous_batching", "use_vllm",
+    "_step", "_buffered_inputs", "_tokenizer", "aux_loss_enabled", "beta", "environment_factories",
+    "epsilon_low", "epsilon_high", "importance_sampling_level", "loss_type",
+    "max_completion_length", "multi_objective_aggregation", "num_generations", "num_iterations",
+    "pad_to_multiple_of", "reward_func_names", "reward_funcs", "reward_weights", "rollout_func",
+    "scale_rewards", "temperature", "tools", "use_transformers_continuous_batching", "use_vllm",
 )  # fmt: skip
 """Attributes of a constructed trainer that are read or set."""
 

@@ -8,10 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onlinesel.callbacks._checkpoint import load_selection, save_selection
+from onlinesel.callbacks._grpo_checks import refuse
 from onlinesel.callbacks._grpo_fill import Filler, Group
+from onlinesel.distributed import world_size
 
-__all__ = ["buffer_tensors", "fill_tensors", "part", "prefixed", "restore_buffer", "restore_fill"]
+__all__ = [
+    "buffer_tensors",
+    "fill_tensors",
+    "load_run",
+    "part",
+    "prefixed",
+    "restore_buffer",
+    "restore_fill",
+    "save_run",
+]
 
+_NAME = "rollouts"
 _FIELDS = ("rewards", "outcome", "weights", "lengths")
 
 
@@ -92,3 +105,56 @@ def restore_buffer(trainer: Any, state: Mapping[str, Tensor], device: torch.devi
     while columns := part(state, f"buffer.{len(buffer)}"):
         buffer.append({name: value.to(device) for name, value in columns.items()})
     trainer._buffered_inputs = buffer or None
+
+
+def save_run(
+    trainer: Any, folder: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> None:
+    """Write a checkpoint of the selection: what all ranks share, and each rank's own batch.
+
+    Args:
+        trainer: A GRPO trainer.
+        folder: The trainer's own checkpoint.
+        tensors: What :func:`load_run` returns.
+        facts: What :func:`load_run` compares and returns.
+    """
+    args = trainer.args
+    save_selection(folder, buffer_tensors(trainer), {}, rank=args.process_index, name=_NAME)
+    if args.should_save:
+        where = {"step": trainer.state.global_step, "world_size": world_size()}
+        own = {name: value.detach().cpu() for name, value in tensors.items()}
+        save_selection(folder, own, {**facts, **where}, rank=None, name=_NAME)
+
+
+def load_run(
+    trainer: Any, checkpoint: str | None, facts: Mapping[str, Any], owner: str
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Read the selection's state of a checkpoint and put the trainer's batch back.
+
+    Args:
+        trainer: A GRPO trainer.
+        checkpoint: Folder of the checkpoint, None for a new run.
+        facts: What must be as it was.
+        owner: Who says so.
+
+    Returns:
+        Tensors and facts; None if there are none.
+
+    Raises:
+        ValueError: The run that wrote the checkpoint had other settings.
+    """
+    if checkpoint is None:
+        return None
+    found = load_selection(checkpoint, rank=None, name=_NAME, owner=owner)
+    if found is None:
+        return None
+    for name, value in {**facts, "world_size": world_size()}.items():
+        if found[1][name] != value:
+            refuse(
+                name, f"the checkpoint's ({found[1][name]})", value,
+                f"Resume {checkpoint} with the arguments that wrote it.",
+            )  # fmt: skip
+    own = load_selection(checkpoint, rank=trainer.args.process_index, name=_NAME, owner=owner)
+    assert own is not None
+    restore_buffer(trainer, own[0], trainer.args.device)
+    return found

@@ -20,6 +20,7 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from onlinesel.callbacks._attach import overridden
 from onlinesel.callbacks._grpo_head import check_head, fused_logprobs, inner_model
+from onlinesel.callbacks._grpo_loss import refuse_own_loss, trl_loss_inputs
 from onlinesel.callbacks._grpo_rows import ENTROPY, TEMPERATURE, Rows, loss_mask
 from onlinesel.rl.temperature import AdaptiveTemperature
 from onlinesel.rl.types import TokenSignals, TokenWeights
@@ -210,6 +211,8 @@ class TokenTerm:
     def _put_terms(self, log_probs: Tensor) -> None:
         trainer, current = self.trainer, self._current
         assert current is not None and self.tokens is not None
+        if trl_loss_inputs() is not current:  # else the loss would not read what is put here
+            refuse_own_loss(trainer, "tokens")
         advantages, old = current["advantages"], current.get("old_per_token_logps")
         if advantages.dim() == 1:
             advantages = advantages[:, None].expand_as(log_probs)

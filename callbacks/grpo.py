@@ -8,6 +8,8 @@ groups; a test holds it to the trainer's bits. :meth:`RolloutSelection.detach` p
 - ``_generate_and_score_completions``: choose the problems, generate, let the gate decide, generate
   again at the same weights, and return as many rows on every rank;
 - ``_calculate_rewards``: the outcomes, which the trainer has gathered over all ranks already;
+- ``_prepare_inputs``, ``compute_loss`` and ``training_step``: what each micro-batch counts where
+  rows were dropped (``_grpo_loss.py``), in the losses of subclasses too;
 - ``_compute_loss`` and ``_get_per_token_logps_and_entropies``: token weights, temperatures, and
   with ``fused_logprobs`` the head (``_grpo_head.py``);
 - ``get_train_dataloader``: rows know their number; ``log``, ``_save_rng_state`` and
@@ -36,20 +38,20 @@ try:
     from transformers import TrainerCallback
 
     from onlinesel.callbacks import _attach
-    from onlinesel.callbacks._checkpoint import load_selection, save_selection
     from onlinesel.callbacks._grpo_batch import BatchMaker
     from onlinesel.callbacks._grpo_checks import check, refuse
+    from onlinesel.callbacks._grpo_loss import MicroLoss, Window, regroup
     from onlinesel.callbacks._grpo_meter import RolloutMeter
     from onlinesel.callbacks._grpo_prompts import prompt_features
     from onlinesel.callbacks._grpo_rewards import RewardGuard
-    from onlinesel.callbacks._grpo_rows import KL_FACTOR
+    from onlinesel.callbacks._grpo_rows import ROWS
     from onlinesel.callbacks._grpo_state import (
-        buffer_tensors,
         fill_tensors,
+        load_run,
         part,
         prefixed,
-        restore_buffer,
         restore_fill,
+        save_run,
     )
     from onlinesel.callbacks._grpo_tokens import TokenTerm
     from onlinesel.rows import NumberedRows
@@ -64,13 +66,15 @@ _WRAPPED = (
     "get_train_dataloader",
     "_generate_and_score_completions",
     "_calculate_rewards",
+    "_prepare_inputs",
+    "training_step",
+    "compute_loss",
     "_get_per_token_logps_and_entropies",
     "_compute_loss",
     "log",
     "_save_rng_state",
     "_inner_training_loop",
 )
-_NAME = "rollouts"
 
 
 class RolloutSelection(TrainerCallback):
@@ -158,9 +162,11 @@ class RolloutSelection(TrainerCallback):
         self._tokens = TokenTerm(trainer, tokens, temperature, scores, fused_logprobs)
         self.meter = RolloutMeter(record, {"name": _name(gate, prompts), **self._facts()})
         self._maker: BatchMaker | None = None
-        self._running = self._skip = self._moved = False
+        self._running, self._window = False, Window()
         methods = {name: getattr(self, f"_on_{name}") for name in _WRAPPED}
         self._call = {name: getattr(trainer, name) for name in _WRAPPED}
+        log_probs = self._call["_get_per_token_logps_and_entropies"]
+        self._loss = MicroLoss(trainer, self.parts, fused_logprobs, log_probs)
         self._before = _attach.wrap(trainer, methods)
 
     def detach(self) -> None:
@@ -203,7 +209,7 @@ class RolloutSelection(TrainerCallback):
             return self._call["_generate_and_score_completions"](inputs)
         step = self.trainer.state.global_step
         batch, filled = maker.make(inputs, step)
-        self._skip = filled.skip
+        self._window.begin(empty=filled.empty, skip=filled.skip)
         self.meter.generated(filled, step)
         return batch
 
@@ -224,23 +230,43 @@ class RolloutSelection(TrainerCallback):
         self, model: nn.Module, *args: Any, **kwargs: Any
     ) -> Any:
         call = self._call["_get_per_token_logps_and_entropies"]
+        self._loss.asked()
         return self._tokens.log_probs(call, model, *args, **kwargs)
 
+    def _on__prepare_inputs(self, generation_batch: Any) -> Any:
+        """Spread the rows that train over the micro-batches of a new generation batch."""
+        trainer, before = self.trainer, self.trainer._buffered_inputs
+        inputs = self._call["_prepare_inputs"](generation_batch)
+        parts = trainer._buffered_inputs
+        if self._maker is None or parts is before or not parts or ROWS not in parts[0]:
+            return inputs
+        trainer._buffered_inputs = regroup(parts, world_size())
+        return trainer._buffered_inputs[trainer._step % len(parts)]
+
+    def _on_training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Count what trains of an optimizer step; ``on_pre_optimizer_step`` comes too late."""
+        loss = self._call["training_step"](model, *args, **kwargs)
+        self._window.add(loss)
+        last = self.trainer.accelerator.sync_gradients
+        return self._window.close(loss, model) if last else loss
+
+    def _on_compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        call = self._call["compute_loss"]
+        if self._maker is None or not self.trainer.model.training:
+            return call(model, inputs, *args, **kwargs)
+        return self._loss.compute(call, model, inputs, *args, **kwargs)
+
     def _on__compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        call, training = self._call["_compute_loss"], self.trainer.model.training
-        self._moved |= training and not self._skip
-        factor = float(inputs.get(KL_FACTOR, 1.0))
-        # What the trainer divides by all rows, muted ones included, is made up for.
-        with _attach.overridden(self.trainer, {"beta": self.trainer.beta * factor}):
-            if not self._tokens.active or not training:
-                return call(model, inputs)
-            return self._tokens.loss(call, model, inputs)
+        call = self._call["_compute_loss"]
+        if not self._tokens.active or not self.trainer.model.training:
+            return call(model, inputs)
+        return self._tokens.loss(call, model, inputs)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let a skipped batch leave the weights as they are, momentum and decay included."""
-        if not self._moved:
+        if self._window.skipped:
             kwargs["optimizer"].zero_grad(set_to_none=True)
-        self._moved = False
+        self._window.clear()
 
     # The run --------------------------------------------------------------------------------
 
@@ -292,7 +318,7 @@ class RolloutSelection(TrainerCallback):
             self.meter.stop()
 
     def _begin(self, checkpoint: str | None) -> None:
-        found = self._load(checkpoint)
+        found = load_run(self.trainer, checkpoint, self._facts(), type(self).__name__)
         state, facts = found if found is not None else ({}, {})
         pool = self._pool(self.parts["prompts"], part(state, "pool"))
         further = pool if self.parts["refill"] is not None else None
@@ -312,7 +338,8 @@ class RolloutSelection(TrainerCallback):
         )
         if self.trainer._buffered_inputs is None:  # else a batch goes on that was begun before
             self._tokens.statistics = {}
-        self._tokens.heat, self._skip, self._moved = None, bool(facts.get("skip", False)), False
+        self._tokens.heat = None
+        self._window.restore(facts)
         if found is not None:
             restore_fill(self._maker.filler, state)
             self._tokens.statistics = part(state, "statistics")
@@ -343,46 +370,13 @@ class RolloutSelection(TrainerCallback):
         self._call["_save_rng_state"](output_dir)
         if self._maker is None:
             return
-        trainer = self.trainer
-        save_selection(
-            output_dir, buffer_tensors(trainer), {}, rank=trainer.args.process_index, name=_NAME
-        )
-        if not trainer.args.should_save:
-            return
         tensors = fill_tensors(self._maker.filler)
         tensors |= prefixed(self._tokens.statistics, "statistics")
         tensors |= prefixed(self._tokens.heat or {}, "heat")
-        facts = {
-            **self._facts(),
-            "step": trainer.state.global_step,
-            "world_size": world_size(),
-            "totals": self.meter.totals(),
-            "skip": self._skip,
-        }
-        tensors = {name: value.detach().cpu() for name, value in tensors.items()}
-        save_selection(output_dir, tensors, facts, rank=None, name=_NAME)
-        self.meter.table(self.prompt_table())
-
-    def _load(self, checkpoint: str | None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Read the state of a checkpoint; None if there is none."""
-        if checkpoint is None:
-            return None
-        owner = type(self).__name__
-        found = load_selection(checkpoint, rank=None, name=_NAME, owner=owner)
-        if found is None:
-            return None
-        expected = {**self._facts(), "world_size": world_size()}
-        for name, value in expected.items():
-            if found[1][name] != value:
-                refuse(
-                    name, f"the checkpoint's ({found[1][name]})", value,
-                    f"Resume {checkpoint} with the arguments that wrote it.",
-                )  # fmt: skip
-        mine = self.trainer.args.process_index
-        own = load_selection(checkpoint, rank=mine, name=_NAME, owner=owner)
-        assert own is not None
-        restore_buffer(self.trainer, own[0], self.trainer.args.device)
-        return found
+        facts = {**self._facts(), "totals": self.meter.totals(), **self._window.facts()}
+        save_run(self.trainer, output_dir, tensors, facts)
+        if self.trainer.args.should_save:
+            self.meter.table(self.prompt_table())
 
 
 def _name(gate: Strategy | None, prompts: PromptSampler | None) -> str:

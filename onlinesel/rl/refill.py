@@ -26,14 +26,16 @@ class Refill:
         max_rollouts: Completions of one batch, the first call's included, beyond which no further
             call is made; the first call itself is never cut. None for no bound but the rounds.
         on_short: What happens if the batch is still short.
-            ``"partial"``: train on what was kept, with the loss normalised over it (``bnpo``, a
-            mean over each micro-batch, cannot be, and shrinks); with nothing kept the gradient is
-            0, but momentum and decay still move the weights.
+            ``"partial"``: train on what was kept, with the loss normalised over it; with nothing
+            kept the gradient is 0, but momentum and decay still move the weights.
             ``"replace"`` (Polaris): repeat kept groups at random if more than a third of the batch
             was kept, else skip.
-            ``"top_up"``: fill with rejected groups, those of the most varied outcomes first.
+            ``"top_up"``: fill with rejected groups, those of the most varied outcomes first; they
+            train as they do without a gate.
             ``"skip"``: the weights stay as they are in this step.
             ``"raise"``: stop with an error.
+            Of an optimizer step over several generation batches, those that train nothing take no
+            share.
         leftover: Kept groups beyond a full batch are ``"discard"``-ed, or ``"carry"``-ed into the
             next batch, where they are one generation old and train as if the policy had just
             sampled them (unless the trainer keeps their old log-probabilities); never for longer.

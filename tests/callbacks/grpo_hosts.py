@@ -6,6 +6,7 @@ generator, so that runs with other batches or other numbers of processes can be 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from trl import GRPOConfig, GRPOTrainer
 from onlinesel.callbacks.grpo import RolloutSelection
 from onlinesel.rl import AdaptiveTemperature
 from tests.callbacks.hosts import arguments, make_model, make_tokenizer
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # that it may change
+    from trl.experimental.gmpo import GMPOTrainer as GMPOTrainer
 
 GENERATIONS = 4
 
@@ -74,6 +79,7 @@ def make_grpo_trainer(
     model: Any = None,
     rewards: Any = outcome,
     known: bool = True,
+    kind: Any = GRPOTrainer,
     **changes: Any,
 ) -> GRPOTrainer:
     """Return a trainer on problems with these numbers of right answers.
@@ -84,6 +90,7 @@ def make_grpo_trainer(
         model: By default a tiny Llama.
         rewards: Reward functions.
         known: Whether completions are those of :func:`written` instead of sampled ones.
+        kind: Class of the trainer.
         **changes: Arguments of the configuration.
     """
     values = {
@@ -96,7 +103,7 @@ def make_grpo_trainer(
         "shuffle_dataset": False,
         **changes,
     }
-    trainer = GRPOTrainer(
+    trainer = kind(
         make_model() if model is None else model,
         reward_funcs=rewards,
         args=GRPOConfig(**arguments(folder, **values)),
@@ -119,6 +126,19 @@ def attach(trainer: Any, **options: Any) -> RolloutSelection:
     callback = RolloutSelection(trainer, **options)
     trainer.add_callback(callback)
     return callback
+
+
+class OwnLoss(GRPOTrainer):
+    """A loss that nothing of TRL's has a hand in: the mean over rows of ``-A sum_t log p``."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        width = inputs["completion_ids"].shape[1]
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, -width - 1 : -1]
+        chosen = logits.log_softmax(-1).gather(-1, inputs["completion_ids"][..., None])[..., 0]
+        rows = -inputs["advantages"] * (chosen * inputs["completion_mask"]).sum(dim=1)
+        return rows.mean() / self.current_gradient_accumulation_steps
 
 
 def spy(trainer: Any) -> list[dict[str, Any]]:

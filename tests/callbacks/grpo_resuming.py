@@ -68,6 +68,11 @@ def cases() -> dict[str, dict[str, Any]]:
             "gate": ZeroVariance(), "refill": Refill(max_rounds=0, on_short="skip"),
             "num_iterations": 2, "rights": (2, 1, 2, 3, 0, 0, 0, 4, 2, 1, 3, 2), "size": 16,
         },
+        # Of 32 rows 20 and 12 train, which eight micro-batches share.
+        "within-uneven": {
+            "gate": ZeroVariance(), "steps_per_generation": 8, "gradient_accumulation_steps": 2,
+            "size": 4,
+        },
         "within-iterations": {"prompts": Thompson(), **FULL, **sampled, "num_iterations": 2},
     }  # fmt: skip
 

@@ -24,6 +24,8 @@ from onlinesel.rl import (
     ZeroVariance,
 )
 from tests.callbacks.grpo_hosts import (
+    GMPOTrainer,
+    OwnLoss,
     attach,
     losses,
     make_grpo_trainer,
@@ -38,6 +40,7 @@ from tests.launching import leave
 NAN = float("nan")
 MANY = (2, 0, 1, 4, 3, 0, 2, 2, 0, 4, 1, 3)
 GATE = {"gate": ZeroVariance()}
+ODD = {"num_generations": 3, "group_rows": 12}
 REFILL = {**GATE, "refill": Refill()}
 
 
@@ -83,6 +86,24 @@ def scenarios() -> dict[str, dict[str, Any]]:
         "hapo": {"rights": MANY, **REFILL, "tokens": HAPO(), "advantages": TokenAverage()},
         "drpo": {"rights": MANY, **REFILL, "advantages": DRPO(), "max_steps": 2},
         "drpo-grpo": {"rights": MANY, **GATE, "advantages": DRPO(), "loss_type": "grpo"},
+        # Twelve rows in eight micro-batches a process, three rows a group on two processes, and an
+        # optimizer step whose second generation batch has nothing to train.
+        "gmpo": {
+            "rights": (2, 0, 4, 1, 0, 3, 0, 4),
+            **GATE,
+            "kind": GMPOTrainer,
+            "group_rows": 32,
+            "steps_per_generation": 8,
+        },
+        "odd": {"rights": (2, 0, 3, 0), **GATE, **ODD, "loss_type": "grpo"},
+        "odd-dapo": {"rights": (2, 0, 3, 0), **GATE, **ODD, "steps_per_generation": 2},
+        "empty-in-a-step": {
+            "rights": (2, 0, 4, 1, 0, 4, 0, 0),
+            **GATE,
+            "kind": OwnLoss,
+            "gradient_accumulation_steps": 2,
+            "steps_per_generation": 1,
+        },
     }
 
 
@@ -95,8 +116,7 @@ def run(folder: Path, name: str, options: dict[str, Any]) -> None:
         folder,
         options.pop("rights"),
         per_device_train_batch_size=total // world_size(),
-        gradient_accumulation_steps=options.get("steps_per_generation", 1),
-        **options,
+        **{"gradient_accumulation_steps": options.get("steps_per_generation", 1), **options},
     )
     callback = attach(trainer, **chosen)
     made, before = spy(trainer), weights(trainer)
@@ -132,6 +152,18 @@ def failing(folder: Path) -> None:
         (folder / f"failing-{rank()}.txt").write_text(str(error))
 
 
+def refused(folder: Path) -> None:
+    """Three rows a group are not equally many on two processes."""
+    trainer = make_grpo_trainer(
+        folder, (2, 1, 0, 3), kind=OwnLoss, num_generations=3, per_device_train_batch_size=6
+    )
+    attach(trainer, gate=ZeroVariance())
+    try:
+        trainer.train()
+    except ValueError as error:
+        (folder / f"refused-{rank()}.txt").write_text(str(error))
+
+
 def all_nan(folder: Path) -> None:
     options = {"rights": (2, 1, 3, 2), "rewards": nan_on_rank_1, "group_rows": 16}
     run(folder, "rank-nan", {**options, "gate": ZeroVariance()})
@@ -150,5 +182,6 @@ if __name__ == "__main__":
         run(out, scenario, values)
     all_nan(out)
     failing(out)
+    refused(out)
     tempered(out)
     leave()

@@ -77,6 +77,13 @@ def test_an_error_on_one_rank_is_an_error_on_all(pair: Path) -> None:
         assert "KeyError: 'broken on one rank' on rank 1" in message
 
 
+def test_a_loss_of_ones_own_is_refused_where_ranks_train_other_numbers(pair: Path) -> None:
+    for rank in (0, 1):
+        message = (pair / f"refused-{rank}.txt").read_text()
+        assert "rows that train must be equally many on all 2 processes for a loss of" in message
+        assert "got num_generations=3 with OwnLoss" in message
+
+
 def test_temperatures_are_shared_by_the_ranks(pair: Path) -> None:
     moved = [torch.load(pair / f"tempered-{rank}.pt") for rank in (0, 1)]
     assert torch.equal(moved[0], moved[1]) and bool(moved[0].any())
