@@ -1,4 +1,4 @@
-"""What the recipes' command lines share: parts named by flags, data as TRL's scripts load them."""
+"""What the recipes' command lines share: flags, parts named by flags, data as TRL loads them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,101 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+import yaml
 from datasets import load_dataset
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_dataset
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset
+
+from onlinesel._words import did_you_mean
 
 __all__ = ["CommandLine"]
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_PATHS = ("/", "./", "../", "~")
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """Reads flags for one command, whose name its errors carry."""
+    """Reads flags for one command.
+
+    Attributes:
+        name: Of the command; its errors carry it.
+        trl: Command of TRL whose flags it takes as well.
+        example: Flags that its usage shows.
+    """
 
     name: str
+    trl: str
+    example: str
 
     def refuse(self, argument: str, rule: str, got: object, remedy: str) -> NoReturn:
         """Raise the designed error of the command."""
         raise ValueError(f"{self.name}: {argument} must be {rule}, got {got}. {remedy}")
+
+    # Flags ----------------------------------------------------------------------------------
+
+    def parser(self, kinds: Sequence[type], defaults: Mapping[str, Any]) -> TrlParser:
+        """Return TRL's parser, whose help shows the groups that have a name first.
+
+        Args:
+            kinds: Dataclasses of flags.
+            defaults: In place of those of the dataclasses.
+        """
+        usage = f"{self.name} {self.example} [flags]"
+        parser = TrlParser(kinds, prog=self.name, usage=usage)
+        parser.set_defaults(**defaults)
+        groups = parser._action_groups  # argparse shows groups in the order of their making
+        groups.sort(key=lambda group: group.title in ("positional arguments", "options"))
+        return parser
+
+    def parse(
+        self, kinds: Sequence[type], argv: Sequence[str] | None, defaults: Mapping[str, Any]
+    ) -> tuple[Any, ...]:
+        """Return an object of each kind from words and from the YAML file of ``--config``.
+
+        Args:
+            kinds: Dataclasses of flags.
+            argv: Words, or None for those of the process.
+            defaults: In place of those of the dataclasses.
+
+        Raises:
+            ValueError: A flag that nothing takes, or a file that cannot be read.
+        """
+        words = list(sys.argv[1:] if argv is None else argv)
+        file = _after(words, "--config")
+        if file is not None and not Path(file).is_file():
+            self.refuse(
+                "config",
+                "a YAML file that is there",
+                repr(file),
+                f"Write its path as seen from {Path.cwd()}.",
+            )
+        parser = self.parser(kinds, defaults)
+        try:
+            *parsed, left = parser.parse_args_and_config(words, return_remaining_strings=True)
+        except yaml.YAMLError as error:
+            self.refuse("config", "a YAML file", file, f"It says: {error}.")
+        unknown = [word for word in left if word.startswith("--")] or left
+        if unknown:
+            flags = [flag for action in parser._actions for flag in action.option_strings]
+            self.refuse(
+                "flags", f"ours or those of `{self.trl}`", ", ".join(map(str, unknown)),
+                did_you_mean(unknown[0], flags, f"`{self.name} --help` lists them."),
+            )  # fmt: skip
+        return tuple(parsed)
+
+    def precision(self, argv: Sequence[str] | None) -> dict[str, Any]:
+        """Return TRL's default precision as far as the machine has it.
+
+        TRL trains in bfloat16 by default, which a CPU without instructions for it does ten times
+        slower than float32, and which the trainer refuses on a CPU unless ``use_cpu`` is set.
+        """
+        words = list(sys.argv[1:] if argv is None else argv)
+        asked = _after([word.replace("-", "_") for word in words], "__use_cpu")
+        on_cpu = asked is not None and asked.lower() not in ("false", "no", "0", "f", "n")
+        return {"bf16": False} if on_cpu or not torch.accelerator.is_available() else {}
+
+    # Parts ----------------------------------------------------------------------------------
 
     def build(
         self,
@@ -49,7 +127,10 @@ class CommandLine:
             ValueError: An unknown name, or arguments that it does not take.
         """
         if kind not in kinds:
-            self.refuse(argument, f"one of {', '.join(kinds)}", repr(kind), remedy)
+            near = did_you_mean(kind, kinds)
+            self.refuse(
+                argument, f"one of {', '.join(kinds)}", repr(kind), f"{near} {remedy}".strip()
+            )
         values = self._keywords(f"{argument}_args", pairs, kinds[kind])
         try:
             return kinds[kind](**values)
@@ -76,29 +157,47 @@ class CommandLine:
         for name in pairs:
             if name not in allowed:
                 rule = f"among {', '.join(allowed)}" if allowed else "empty"
+                known = f"{kind.__module__.rpartition('.')[0]}.{kind.__name__}"
                 self.refuse(
                     argument, f"{rule} for {kind.__name__}", repr(name),
-                    f"help({kind.__module__.rpartition('.')[0]}.{kind.__name__}) explains the "
-                    "method.",
+                    f"{did_you_mean(name, allowed)} In Python, help({known}) explains the "
+                    "method.".lstrip(),
                 )  # fmt: skip
         return dict(pairs)
+
+    # Data and model -------------------------------------------------------------------------
+
+    def check_path(self, argument: str, name: str) -> None:
+        """Refuse what is written as a path and not there, before it is looked for on the Hub."""
+        path = Path(name).expanduser()
+        written = name.startswith(_PATHS) or path.suffix in _BUILDERS or name.count("/") > 1
+        if written and not path.exists():
+            self.refuse(
+                argument, "a file or folder that is there, or a name of the Hub", repr(name),
+                f"Write its path as seen from {Path.cwd()}.",
+            )  # fmt: skip
 
     def load_data(self, script: ScriptArguments, mixture: DatasetMixtureConfig) -> Any:
         """Load what TRL's own script would, or a single file."""
         if mixture.datasets:
             return get_dataset(mixture)
-        if script.dataset_name is None:
+        name = script.dataset_name
+        if name is None:
             self.refuse(
                 "dataset_name", "a dataset of the Hub, a folder or a file", None,
                 "Or list `datasets:` in the file of --config.",
             )  # fmt: skip
-        builder = _BUILDERS.get(Path(script.dataset_name).suffix)
-        if builder and Path(script.dataset_name).is_file():
-            files = {script.dataset_train_split: script.dataset_name}
+        self.check_path("dataset_name", name)
+        if Path(name).is_file():
+            builder = _BUILDERS.get(Path(name).suffix)
+            if builder is None:
+                self.refuse(
+                    "dataset_name", f"a file of {', '.join(_BUILDERS)}, or a folder", repr(name),
+                    "Convert it, or name its folder and let the datasets library find out.",
+                )  # fmt: skip
+            files = {script.dataset_train_split: name}
             return load_dataset(builder, data_files=files, streaming=script.dataset_streaming)
-        return load_dataset(
-            script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming
-        )
+        return load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming)
 
     def loading(self, training: Any, model: ModelConfig) -> dict[str, Any]:
         """Return the keyword arguments with which the trainer loads the model."""
@@ -136,6 +235,13 @@ class CommandLine:
                 "or eval_strategy=no.",
             )  # fmt: skip
         return dataset[name]
+
+
+def _after(words: Sequence[str], flag: str) -> str | None:
+    """Return the word that follows a flag, "" at the end, or None without the flag."""
+    if flag not in words:
+        return None
+    return next(iter(words[words.index(flag) + 1 :]), "")
 
 
 def _value(text: str) -> Any:

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from onlinesel import strategies
+from onlinesel._words import did_you_mean
 from onlinesel.bench._measure import CountedProducts, Peak
 from onlinesel.bench._settings import at_least, clock, find_device
 from onlinesel.callbacks.hf import OnlineSelection
@@ -70,7 +71,7 @@ def _check_name(argument: str, got: str, known: Sequence[str]) -> None:
     if got not in known:
         raise ValueError(
             f"bench_step: {argument} must be one of {', '.join(known)}, got {got!r}. "
-            "Mind the capital letters."
+            f"{did_you_mean(got, known, 'Choose one of them.')}"
         )
 
 

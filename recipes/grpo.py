@@ -8,7 +8,8 @@ groups that teach nothing are dropped after it (``--gate``), and the batch is fi
 (``--max_rounds``, ``--on_short``). ``--rollouts``, ``--advantages``, ``--tokens`` and
 ``--adaptive_temperature`` switch on the other parts. ``none`` switches a part off; with all parts
 off this is TRL's trainer. All flags of ``trl grpo`` work as they do there, on the command line or
-in a YAML file given with ``--config``: any model and data set, LoRA, vLLM, evaluation, checkpoints.
+in a YAML file given with ``--config``: any model and data set, LoRA, vLLM, evaluation, checkpoints;
+without an accelerator it trains in float32 unless ``--bf16`` is given.
 
 Without ``--model_name_or_path`` a small Llama practises sums for a minute and then learns from
 procedural problems (``--task``, one of mixed and digits), which takes a few minutes on a CPU.
@@ -26,14 +27,16 @@ Measured: what the methods gain and lose is in the header of :mod:`onlinesel.rec
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from onlinesel import rl
+from onlinesel._words import did_you_mean
 from onlinesel.report.runlog import RunLog
 
 try:
@@ -44,10 +47,10 @@ try:
         GRPOTrainer,
         ModelConfig,
         ScriptArguments,
-        TrlParser,
         get_peft_config,
         get_quantization_config,
     )
+    from trl.data_utils import get_dataset_column_names
 
     from onlinesel.callbacks.grpo import RolloutSelection
     from onlinesel.recipes._arguments import CommandLine
@@ -58,7 +61,9 @@ except ImportError as error:
 
 __all__ = ["RolloutArguments", "main", "make_parts", "make_trainer"]
 
-_COMMAND = CommandLine("onlinesel grpo")
+_COMMAND = CommandLine(
+    "onlinesel grpo", "trl grpo", "[--model_name_or_path MODEL --dataset_name DATA]"
+)
 _KINDS: dict[str, tuple[str, ...]] = {
     "gate": ("PassRateBand", "ZeroVariance"),
     "prompts": (
@@ -68,6 +73,8 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "advantages": ("TokenAverage", "DRPO", "OneSided"),
     "tokens": ("HAPO", "TopEntropy"),
 }  # fmt: skip
+_GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""What TRL hands to a reward function besides the columns of the data."""
 _EMBEDDED: dict[str, Any] = {
     "per_device_train_batch_size": 32,
     "num_generations": 8,
@@ -86,9 +93,7 @@ _EMBEDDED: dict[str, Any] = {
 
 
 def _part(name: str, default: str = "none") -> Any:
-    return field(
-        default=default, metadata={"help": f"One of {', '.join(_KINDS[name])}, or none."}
-    )
+    return field(default=default, metadata={"help": f"One of {', '.join(_KINDS[name])}, or none."})
 
 
 def _pairs(name: str) -> Any:
@@ -101,6 +106,8 @@ def _pairs(name: str) -> Any:
 @dataclass
 class RolloutArguments:
     """Which problems are rolled out, and which of their completions train."""
+
+    _argument_group_name: ClassVar[str] = "which problems are rolled out, and what of them trains"
 
     gate: str = _part("gate", "PassRateBand")
     gate_args: list[str] = _pairs("gate")
@@ -209,6 +216,7 @@ def make_trainer(
         trainer = _embedded(training, options)
         outcome = options.outcome
     else:
+        _COMMAND.check_path("model_name_or_path", model.model_name_or_path)
         trainer = _from_hub(script, training, model, mixture, options)
         outcome = options.outcome or trainer.reward_func_names[0]
     trainer.add_callback(
@@ -262,9 +270,12 @@ def _from_hub(
     test = _COMMAND.split(dataset, script.dataset_test_split, "dataset_test_split") if (
         evaluates
     ) else None  # fmt: skip
+    rewards = [_reward(name) for name in options.reward]
+    for function in rewards:
+        _check_columns(function, get_dataset_column_names(train))
     return GRPOTrainer(
         model=model.model_name_or_path,
-        reward_funcs=[_reward(name) for name in options.reward],
+        reward_funcs=rewards,
         args=training,
         train_dataset=_prompted(train, options),
         eval_dataset=None if test is None else _prompted(test, options),
@@ -287,20 +298,34 @@ def _reward(name: str) -> Any:
         ) from error
 
 
+def _check_columns(reward: Callable[..., Any], known: Sequence[str]) -> None:
+    """Refuse a reward function that asks for columns which the data has not."""
+    parameters = inspect.signature(reward).parameters.values()
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    asked = [p.name for p in parameters if p.kind in by_name and p.default is p.empty]
+    missing = [name for name in asked if name not in (*known, *_GIVEN)]
+    if missing:
+        _COMMAND.refuse(
+            "reward", f"a function of the data's columns ({', '.join(known)})",
+            f"{reward.__name__}, which reads {', '.join(missing)}",
+            "Rename the column, or name another function of your own by --reward.",
+        )  # fmt: skip
+
+
 def _prompted(dataset: Any, options: RolloutArguments) -> Any:
     """Return the data with a column ``prompt``: a conversation of one question."""
-    column, known = options.prompt_column, dataset.column_names or []
+    column, known = options.prompt_column, get_dataset_column_names(dataset)
     if column is None:
         if "prompt" not in known:
             _COMMAND.refuse(
                 "prompt_column", "given for data without a column 'prompt'", None,
-                f"The columns are {', '.join(known)}.",
+                f"The columns are {', '.join(known)}: write --prompt_column {_question(known)}.",
             )  # fmt: skip
         return dataset
     if column not in known:
         _COMMAND.refuse(
-            "prompt_column", "a column of the data", repr(column),
-            f"The columns are {', '.join(known)}.",
+            "prompt_column", f"a column of the data ({', '.join(known)})", repr(column),
+            did_you_mean(column, known, "Name one of them."),
         )  # fmt: skip
 
     def conversation(row: dict[str, Any]) -> dict[str, Any]:
@@ -308,6 +333,12 @@ def _prompted(dataset: Any, options: RolloutArguments) -> Any:
         return {"prompt": [{"role": "user", "content": text}]}
 
     return dataset.map(conversation)
+
+
+def _question(columns: Sequence[str]) -> str:
+    """Return the column that most likely holds the questions."""
+    likely = ("question", "problem", "query", "instruction", "input")
+    return next((name for name in likely if name in columns), columns[0] if columns else "NAME")
 
 
 def _record_rows(trainer: Any, folder: str) -> None:
@@ -330,14 +361,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 2 if the arguments cannot be followed.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
     kinds = (ScriptArguments, GRPOConfig, ModelConfig, DatasetMixtureConfig, RolloutArguments)
-    parser = TrlParser(kinds, prog="onlinesel grpo")
-    parser.set_defaults(**_EMBEDDED)
-    parsed = parser.parse_args_and_config(args=words)
-    if parsed[2].model_name_or_path is not None:  # then TRL's own defaults
-        parsed = TrlParser(kinds, prog="onlinesel grpo").parse_args_and_config(args=words)
-    return _COMMAND.run(lambda: make_trainer(*parsed))
+
+    def make() -> GRPOTrainer:
+        parsed = _COMMAND.parse(kinds, argv, _EMBEDDED)
+        if parsed[2].model_name_or_path is not None:  # then TRL's own defaults
+            parsed = _COMMAND.parse(kinds, argv, _COMMAND.precision(argv))
+        return make_trainer(*parsed)
+
+    return _COMMAND.run(make)
 
 
 if __name__ == "__main__":

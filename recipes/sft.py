@@ -7,7 +7,8 @@ What it does: the model trains on the best ``per_device_train_batch_size`` rows 
 ``candidates`` times as many, by the method named with ``--strategy``. All flags of ``trl sft`` work
 as they do there, on the command line or in a YAML file given with ``--config``: any model and any
 dataset of the Hub or on disk (a folder, or one .jsonl, .json, .csv or .parquet file; mixtures with
-``datasets:`` in the YAML file), LoRA with ``--use_peft``, evaluation, checkpoints, resuming. Then
+``datasets:`` in the YAML file), LoRA with ``--use_peft``, evaluation, checkpoints, resuming. One
+default differs: without an accelerator it trains in float32 unless ``--bf16`` is given. Then
 ``onlinesel report runs/uds`` shows what was chosen and what it cost.
 
 On several GPUs: ``torchrun --nproc_per_node 4 -m onlinesel.recipes.sft ...`` (or ``accelerate
@@ -21,7 +22,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from onlinesel import When, strategies
 from onlinesel.report.runlog import RunLog
@@ -36,11 +37,12 @@ try:
         ScriptArguments,
         SFTConfig,
         SFTTrainer,
-        TrlParser,
         get_peft_config,
         get_quantization_config,
     )
+    from trl.data_utils import get_dataset_column_names
 
+    from onlinesel.callbacks._attach import check_arguments
     from onlinesel.callbacks.hf import OnlineSelection
     from onlinesel.recipes._arguments import CommandLine
 except ImportError as error:
@@ -48,7 +50,9 @@ except ImportError as error:
 
 __all__ = ["SelectionArguments", "main", "make_strategy", "make_trainer"]
 
-_COMMAND = CommandLine("onlinesel sft")
+_COMMAND = CommandLine(
+    "onlinesel sft", "trl sft", "--model_name_or_path MODEL --dataset_name DATA [--strategy METHOD]"
+)
 _RECORDED_ROWS = 20_000
 _RECORDED_CHARACTERS = 400
 
@@ -56,6 +60,8 @@ _RECORDED_CHARACTERS = 400
 @dataclass
 class SelectionArguments:
     """Which rows train."""
+
+    _argument_group_name: ClassVar[str] = "which rows train"
 
     strategy: str = field(
         default="UDS", metadata={"help": f"Method: one of {', '.join(strategies.__all__)}."}
@@ -129,7 +135,7 @@ def make_strategy(options: SelectionArguments) -> Strategy:
     kinds = {name: getattr(strategies, name) for name in strategies.__all__}
     strategy: Strategy = _COMMAND.build(
         "strategy", kinds, options.strategy, options.strategy_args,
-        "Mind the capital letters; a method of your own runs through the Python API.",
+        "A method of your own runs through the Python API.",
     )  # fmt: skip
     if options.selection_start == 0 and options.selection_stop is None:
         return strategy
@@ -148,15 +154,20 @@ def make_trainer(
     Raises:
         ValueError: The arguments do not fit together; the message says what to change.
     """
-    strategy = make_strategy(selection)  # before minutes are spent on model and data
+    # All that can be checked before minutes are spent on model and data.
+    strategy = make_strategy(selection)
+    check_arguments(selection.candidates, selection.scope, selection.normalize or "tokens")
+    _check_model(model, selection, strategy)
     dataset = _COMMAND.load_data(script, mixture)
+    train = _COMMAND.split(dataset, script.dataset_train_split, "dataset_train_split")
+    _check_columns(train, training)
     training.model_init_kwargs = _COMMAND.loading(training, model)
     quantization = get_quantization_config(model)
     evaluates = training.eval_strategy != "no"
     trainer = SFTTrainer(
         model=model.model_name_or_path,
         args=training,
-        train_dataset=_COMMAND.split(dataset, script.dataset_train_split, "dataset_train_split"),
+        train_dataset=train,
         eval_dataset=(
             _COMMAND.split(dataset, script.dataset_test_split, "dataset_test_split")
             if evaluates
@@ -174,7 +185,7 @@ def make_trainer(
             normalize=selection.normalize,
             seed=selection.selection_seed,
             shadow=selection.shadow,
-            reference=_reference(selection, strategy, trainer, model),
+            reference=_reference(selection, trainer, model),
             record=selection.record,
             reuse_forward=selection.reuse_forward,
             reuse_limit=selection.reuse_limit,
@@ -185,18 +196,62 @@ def make_trainer(
     return trainer
 
 
-def _reference(
-    selection: SelectionArguments, strategy: Strategy, trainer: Any, model: ModelConfig
-) -> Any:
-    """Return what the callback takes: a word, a column, or a model that is loaded here."""
+def _check_model(model: ModelConfig, selection: SelectionArguments, strategy: Strategy) -> None:
+    """Refuse a model that is not named or not there, and a reference that nothing reads."""
+    if model.model_name_or_path is None:
+        _COMMAND.refuse(
+            "model_name_or_path", "a model of the Hub or a folder", None,
+            "For example --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name trl-lib/Capybara.",
+        )  # fmt: skip
+    _COMMAND.check_path("model_name_or_path", model.model_name_or_path)
     name = selection.reference
     if name is None or name == "adapter":
-        return name
+        return
     if "reference_loss" not in strategy.needs:
         _COMMAND.refuse(
             "reference", f"left out for {selection.strategy}", repr(name),
             "Only methods that compare with a reference, as RHOLoss does, take one.",
         )  # fmt: skip
+    _COMMAND.check_path("reference", name)
+
+
+def _check_columns(dataset: Any, training: SFTConfig) -> None:
+    """Refuse data that TRL's trainer cannot read, which would fail inside of a tokenizer."""
+    if (training.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        return
+    known, text = get_dataset_column_names(dataset), training.dataset_text_field
+    ways = (("messages",), ("prompt", "completion"), (text,), ("conversations",), ("input_ids",))
+    if any(set(way) <= set(known) for way in ways):
+        return
+    _COMMAND.refuse(
+        "dataset", f"one with the columns messages, with prompt and completion, or with {text}",
+        ", ".join(known),
+        f"Rename them, for example by dataset.rename_columns({_renamed(known)}), or name the "
+        "column of whole texts by --dataset_text_field.",
+    )  # fmt: skip
+
+
+def _renamed(known: Sequence[str]) -> dict[str, str]:
+    """Return which columns may be the ones that TRL reads, by their usual names."""
+    if len(known) == 1:
+        return {known[0]: "text"}
+    usual = {
+        "prompt": ("question", "instruction", "query", "input"),
+        "completion": ("answer", "response", "output", "target"),
+    }
+    renamed: dict[str, str] = {}
+    for new, names in usual.items():
+        left = [old for old in known if old not in usual and old not in renamed]
+        if new not in known and left:
+            renamed[next((name for name in names if name in left), left[0])] = new
+    return renamed
+
+
+def _reference(selection: SelectionArguments, trainer: Any, model: ModelConfig) -> Any:
+    """Return what the callback takes: a word, a column, or a model that is loaded here."""
+    name = selection.reference
+    if name is None or name == "adapter":
+        return name
     if name in (getattr(trainer.train_dataset, "column_names", None) or ()):
         return name
     reference = AutoModelForCausalLM.from_pretrained(
@@ -234,8 +289,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 2 if the arguments cannot be followed.
     """
     kinds = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, SelectionArguments)
-    parser = TrlParser(kinds, prog="onlinesel sft")
-    return _COMMAND.run(lambda: make_trainer(*parser.parse_args_and_config(args=argv)))
+    defaults = _COMMAND.precision(argv)
+    return _COMMAND.run(lambda: make_trainer(*_COMMAND.parse(kinds, argv, defaults)))
 
 
 if __name__ == "__main__":

@@ -115,6 +115,11 @@ def disk(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def graded(completions: Any, difficulty: Any, scale: float = 1.0, **_: Any) -> list[float]:
+    """A reward function of another data set."""
+    return [scale * d for d in difficulty]
+
+
 def flags_of(disk: Path, **changes: Any) -> list[str]:
     values = {
         "model_name_or_path": disk / "model", "dataset_name": disk / "train.jsonl",
@@ -138,7 +143,16 @@ def test_any_model_and_data_from_disk(disk: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt_column": "problem"}, "prompt_column must be a column of the data, got 'problem'"),
+        ({"prompt_column": "problem"}, "prompt_column must be a column of the data (question, "),
+        ({"prompt_column": "qestion"}, "got 'qestion'. Did you mean question?"),
+        ({"dataset_name": "gone.jsonl"}, "dataset_name must be a file or folder that is there, or"),
+        ({"model_name_or_path": "./gone"}, "model_name_or_path must be a file or folder that is "),
+        ({"gate": "zerovariance"}, "got 'zerovariance'. Did you mean ZeroVariance? Use none to"),
+        (
+            {"reward": "tests.recipes.test_grpo.graded"},
+            "reward must be a function of the data's columns (question, answer), got "
+            "graded, which reads difficulty. Rename the column, or",
+        ),
         ({"reward": "final_number"}, "reward must be module.function, got 'final_number'"),
         ({"reward": "no.such.reward"}, "reward must be a function that can be imported"),
         ({"eval_strategy": "steps"}, "dataset_test_split must be one of the splits train"),
@@ -150,6 +164,25 @@ def test_data_that_do_not_fit_are_refused(
 ) -> None:
     assert main(flags_of(disk, **changes)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_column_of_questions_is_asked_for_by_its_flag(
+    disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = flags_of(disk)
+    del flags[flags.index("--prompt_column") : flags.index("--prompt_column") + 2]
+    assert main(flags) == 2
+    assert "The columns are question, answer: write --prompt_column question." in (
+        capsys.readouterr().err
+    )
+
+
+def test_an_unknown_flag_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--max_rollout_rounds", "3", "--nosuch"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "onlinesel grpo: flags must be ours or those of `trl grpo`, got --max_rollout_rounds, "
+        "--nosuch. Did you mean --max_rollouts?"
+    )
 
 
 def test_the_config_for_a_gpu_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

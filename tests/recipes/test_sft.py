@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 pytest.importorskip("trl")
 
+from datasets import Dataset  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import (  # noqa: E402
     LlamaConfig,
@@ -18,9 +20,16 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
     set_seed,
 )
+from trl import SFTConfig  # noqa: E402
 
 from onlinesel import When  # noqa: E402
-from onlinesel.recipes.sft import SelectionArguments, main, make_strategy  # noqa: E402
+from onlinesel.recipes.sft import _COMMAND as COMMAND  # noqa: E402
+from onlinesel.recipes.sft import (  # noqa: E402
+    SelectionArguments,
+    _check_columns,
+    main,
+    make_strategy,
+)
 from onlinesel.report import read_run  # noqa: E402
 from onlinesel.strategies import RS2, UDS, TopLoss, Uniform  # noqa: E402
 
@@ -106,18 +115,23 @@ FIELDS = (
 REFUSALS = [
     (
         SelectionArguments("uds"),
-        f"onlinesel sft: strategy must be one of {ALL}, got 'uds'. Mind the capital letters; a "
+        f"onlinesel sft: strategy must be one of {ALL}, got 'uds'. Did you mean UDS? A "
         "method of your own runs through the Python API.",
     ),
     (
         SelectionArguments("UDS", ["beta=1"]),
         f"onlinesel sft: strategy_args must be among {FIELDS} for UDS, got 'beta'. "
-        "help(onlinesel.strategies.UDS) explains the method.",
+        "In Python, help(onlinesel.strategies.UDS) explains the method.",
+    ),
+    (
+        SelectionArguments("UDS", ["lenght=sqrt"]),
+        f"onlinesel sft: strategy_args must be among {FIELDS} for UDS, got 'lenght'. Did you mean "
+        "length? In Python, help(onlinesel.strategies.UDS) explains the method.",
     ),
     (
         SelectionArguments("RHOLoss", ["alpha=1"]),
         "onlinesel sft: strategy_args must be empty for RHOLoss, got 'alpha'. "
-        "help(onlinesel.strategies.RHOLoss) explains the method.",
+        "In Python, help(onlinesel.strategies.RHOLoss) explains the method.",
     ),
     (
         SelectionArguments("UDS", ["alpha"]),
@@ -158,7 +172,23 @@ LATE_REFUSALS = [
     ({"packing": True}, "onlinesel sft: OnlineSelection: padding_free must be off, got True. "),
     ({"reference": "x", "strategy": "UDS"}, "onlinesel sft: reference must be left out for UDS, "),
     ({"scope": "planet"}, "onlinesel sft: OnlineSelection: scope must be "),
-    ({"config": "nowhere.yaml"}, "onlinesel sft: [Errno 2] No such file or directory"),
+    ({"config": "nowhere.yaml"}, "onlinesel sft: config must be a YAML file that is there, got"),
+    (
+        {"candidate_rows": 4},
+        "onlinesel sft: flags must be ours or those of `trl sft`, got --candidate_rows. Did you "
+        "mean --candidates?",
+    ),
+    (
+        {"xyzzy": 4},
+        "onlinesel sft: flags must be ours or those of `trl sft`, got --xyzzy. `onlinesel sft "
+        "--help` lists them.",
+    ),
+    ({"model_name_or_path": "./gone"}, "model_name_or_path must be a file or folder that is there"),
+    ({"dataset_name": "gone.jsonl"}, "dataset_name must be a file or folder that is there, or a "),
+    ({"dataset_name": "rows/of/mine"}, "dataset_name must be a file or folder that is there, or"),
+    ({"dataset_name": __file__}, "dataset_name must be a file of .jsonl, .json, .csv, .parquet, "),
+    ({"reference": "/gone", "strategy": "RHOLoss"}, "reference must be a file or folder that is "),
+    ({"candidates": 0}, "onlinesel sft: OnlineSelection: candidates must be an integer >= 1"),
 ]
 
 
@@ -176,6 +206,92 @@ def test_what_cannot_be_done_is_one_message_and_status_2(
     assert main(arguments(model, tmp_path, **given)) == 2
     assert start in capsys.readouterr().err
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_without_flags_it_asks_for_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert capsys.readouterr().err.endswith(
+        "onlinesel sft: model_name_or_path must be a model of the Hub or a folder, got None. For "
+        "example --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name trl-lib/Capybara.\n"
+    )
+
+
+def test_help_shows_our_flags_first(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert exit_.value.code == 0 and len(text.split("\n\n")[0].splitlines()) <= 2
+    flags = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
+    ours = [f"--{f.name}" for f in fields(SelectionArguments)]
+    assert flags[: len(ours)] == ours and "--model_name_or_path" in flags[len(ours) :]
+
+
+@pytest.mark.parametrize(
+    ("columns", "remedy"),
+    [
+        (["question", "answer"], "{'question': 'prompt', 'answer': 'completion'}"),
+        (["id", "input", "target"], "{'input': 'prompt', 'target': 'completion'}"),
+        (["prompt", "label"], "{'label': 'completion'}"),
+        (["some", "other"], "{'some': 'prompt', 'other': 'completion'}"),
+        (["body"], "{'body': 'text'}"),
+    ],
+)
+def test_data_with_other_columns_is_told_which_it_needs(
+    columns: list[str],
+    remedy: str,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({name: "text" for name in columns}), "utf-8")
+    assert main(arguments(model, tmp_path, dataset_name=file)) == 2
+    assert capsys.readouterr().err.endswith(
+        "onlinesel sft: dataset must be one with the columns messages, with prompt and completion, "
+        f"or with text, got {', '.join(columns)}. Rename them, for example by "
+        f"dataset.rename_columns({remedy}), or name the column of whole texts by "
+        "--dataset_text_field.\n"
+    )
+
+
+def test_data_that_trl_reads_passes() -> None:
+    chat = [{"role": "user", "content": "a"}]
+    for row in (
+        {"messages": chat}, {"prompt": "a", "completion": "b"}, {"text": "a"}, {"body": "a"},
+        {"conversations": [{"from": "human", "value": "a"}]}, {"input_ids": [1]},
+    ):  # fmt: skip
+        field = "body" if "body" in row else "text"
+        _check_columns(Dataset.from_list([row]), SFTConfig(bf16=False, dataset_text_field=field))
+        stream = Dataset.from_list([row]).to_iterable_dataset()
+        _check_columns(stream, SFTConfig(bf16=False, dataset_text_field=field))
+
+
+@pytest.mark.parametrize(
+    ("flags", "accelerator", "bf16"),
+    [
+        ([], False, False),
+        (["--bf16", "True", "--use_cpu", "True"], False, True),
+        ([], True, True),
+        (["--use_cpu", "True"], True, False),
+        (["--use-cpu"], True, False),
+        (["--use_cpu", "False"], True, True),
+    ],
+)
+def test_a_cpu_trains_in_float32_unless_it_is_told_otherwise(
+    flags: list[str], accelerator: bool, bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+
+    @dataclass
+    class Precision:
+        bf16: bool | None = None
+        use_cpu: bool = False
+
+        def __post_init__(self) -> None:  # TRL's
+            self.bf16 = True if self.bf16 is None else self.bf16
+
+    (parsed,) = COMMAND.parse([Precision], flags, COMMAND.precision(flags))
+    assert parsed.bf16 is bf16
 
 
 # Whole runs ---------------------------------------------------------------------------------------
