@@ -12,10 +12,13 @@ from torch.nn.functional import cross_entropy, pad
 
 from onlinesel.step import StepPlan
 
-__all__ = ["WEIGHTS", "LossTap", "put_weights", "tapped_loss"]
+__all__ = ["UNDEFINED", "WEIGHTS", "LossTap", "as_undefined", "put_weights", "tapped_loss"]
 
 WEIGHTS = "onlinesel_weights"
 """Batch key of the ``(N,)`` factors of the rows' summed token losses."""
+
+UNDEFINED = "onlinesel_undefined"
+"""Batch key that is there where the step's loss is to be shown as nan."""
 
 _IGNORED = -100
 
@@ -39,7 +42,16 @@ def put_weights(plan: StepPlan, args: Any, *, always: bool) -> Tensor:
             multipliers = (plan.weights[index] > 0).float()
         if multipliers is not None:
             batch[WEIGHTS] = multipliers * scale
+        if plan.undefined:
+            batch[UNDEFINED] = True
     return items
+
+
+def as_undefined(result: Any) -> Any:
+    """Return what a trainer's ``compute_loss`` gave with a loss of nan, of the same gradient."""
+    if isinstance(result, tuple):
+        return (result[0] + torch.nan, *result[1:])
+    return result + torch.nan
 
 
 class LossTap:

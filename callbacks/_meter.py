@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -75,15 +76,20 @@ class Meter:
 
 
 class StepMeter(Meter):
-    """Collect the decisions and times of the steps."""
+    """Collect the decisions and times of the steps.
+
+    Attributes:
+        undefined: Whether the loss of a step was, since the last log.
+    """
 
     _plan: StepPlan | None = None
+    undefined = False
     candidates = 0
 
     def start(self, resume_step: int | None, writes: bool) -> None:
         """Begin a run, with the record as :meth:`open` does."""
         self._means.drain()
-        self._plan = None
+        self._plan, self.undefined = None, False
         self.open(resume_step, writes)
 
     def fetch(self) -> None:
@@ -145,6 +151,17 @@ class StepMeter(Meter):
                 rows=self.rows,
                 loss=metrics["eval_loss"],
             )
+
+    def tell(self, logs: dict[str, float]) -> None:
+        """Put the means into what a trainer logs beside its loss.
+
+        The loss is nan if it was undefined in one of the steps: a trainer may put its own mean in
+        the place of such a loss, and rows without a score have no gradient to show it either.
+        """
+        logs.update(self.drain())
+        if self.undefined:
+            logs["loss"] = math.nan
+        self.undefined = False
 
     def drain(self) -> dict[str, float]:
         """Return the means since the last call, under ``selection/``, and forget them.

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onlinesel.distributed import gather_signals
+from onlinesel.mixing import DomainSampler
+from onlinesel.selector import Selector
 from onlinesel.types import Signals
 
 __all__ = ["TrainedLosses"]
@@ -42,6 +45,33 @@ class TrainedLosses:
         known = self._references[index]
         known = torch.full_like(losses, float("nan")) if known is None else known.cpu()
         self._seen.append(Signals(ids=self._ids[index], loss=losses, reference_loss=known))
+
+    def teach(
+        self, selector: Selector, domains: DomainSampler | None, scope: str, device: torch.device
+    ) -> None:
+        """Let who learns from the losses of this step do so.
+
+        Args:
+            selector: Learns from the rows that it decided about.
+            domains: Draws the candidates by domain; learns from all rows.
+            scope: What competes; with ``"global"`` all ranks learn from all rows.
+            device: Where collectives need their tensors.
+        """
+        compared = domains is not None and "reference_loss" in domains.mixture.needs
+        seen = self.drain(compared)
+        if seen is None:
+            return
+        everywhere = seen
+        if scope == "global" or domains is not None:
+            everywhere, _ = gather_signals(seen, device)
+        if selector.strategy.observes:
+            selector.observe(everywhere if scope == "global" else seen)
+        if domains is not None:
+            domains.observe(
+                everywhere.row_ids(),
+                everywhere.require(self, "loss"),
+                reference_loss=everywhere.reference_loss,
+            )
 
     def drain(self, compared: bool) -> Signals | None:
         """Return what was noted in this step, None if nothing was, and forget it.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from onlinesel.agreement import check_settings
+from onlinesel.agreement import check_candidates, check_settings
 from onlinesel.batch import count_labels, is_causal
 from onlinesel.callbacks._meter import StepMeter
 from onlinesel.callbacks._replay import HELD, SCORER, HeldRows, Replay, check_limit
@@ -205,6 +205,7 @@ class StepSource:
             pad_id=pad_id, device=self.device,
         )  # fmt: skip
         check_settings(self.owner, self.facts() | self.reader.facts(), self.device)
+        check_candidates(self.owner, self.strategy, self.candidates)
         if self.scope != "global" and world_size() > 1 and self.selector.step == 0:
             # Ranks that decide alone must not draw the same numbers for different rows.
             self.selector = Selector(self.strategy, seed=self.seed + 1_000_003 * rank())

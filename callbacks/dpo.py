@@ -173,6 +173,10 @@ class PreferenceSelection(TrainerCallback):
             metrics["selection/ignored_share"].append((used == 0).float().mean().item())
         return terms
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse another trainer than the one that is wrapped."""
+        _attach.check_own(self, self._running, args)
+
     # Checkpoints ----------------------------------------------------------------------------
 
     @property

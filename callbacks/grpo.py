@@ -270,6 +270,10 @@ class RolloutSelection(TrainerCallback):
 
     # The run --------------------------------------------------------------------------------
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse another trainer than the one that is wrapped."""
+        _attach.check_own(self, self._running, args)
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock of the step."""
         self.meter.step_began()

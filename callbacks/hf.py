@@ -24,15 +24,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onlinesel.agreement import check_candidates
 from onlinesel.callbacks import _attach
 from onlinesel.callbacks._fused import FusedHeadScorer
 from onlinesel.callbacks._hf_data import TrainingData
 from onlinesel.callbacks._hf_state import resume_run, save_run
-from onlinesel.callbacks._loss import WEIGHTS, LossTap, put_weights, tapped_loss
+from onlinesel.callbacks._loss import (
+    UNDEFINED,
+    WEIGHTS,
+    LossTap,
+    as_undefined,
+    put_weights,
+    tapped_loss,
+)
 from onlinesel.callbacks._meter import StepMeter
 from onlinesel.callbacks._observed import TrainedLosses
 from onlinesel.callbacks._replay import HELD, Replay
-from onlinesel.distributed import gather_signals
 from onlinesel.mixing import Mixture
 from onlinesel.report.runlog import RunLog
 from onlinesel.rows import GROUP, ROW_ID, content_ids
@@ -177,6 +184,7 @@ class OnlineSelection(TrainerCallback):
         )
         self._meter = StepMeter(record, self._facts() | {"name": type(strategy).__name__})
         self._trained = TrainedLosses()
+        check_candidates("OnlineSelection", strategy, candidates)
         methods = {name: getattr(self, f"_on_{name}") for name in _WRAPPED}
         self._call = {name: getattr(trainer, name) for name in _WRAPPED}
         self._before = _attach.wrap(trainer, methods)
@@ -210,6 +218,10 @@ class OnlineSelection(TrainerCallback):
         plan: Callable[..., Any] = strategy.epoch_plan
         return lambda epoch: plan(rows, epoch=epoch, seed=self.seed)
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse another trainer than the one that is wrapped."""
+        _attach.check_own(self, self._running, args)
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the order of the rows its epoch, which comes from the run's own counter."""
         self._data.begin_epoch(state.global_step)
@@ -240,6 +252,7 @@ class OnlineSelection(TrainerCallback):
             for batch in batches:
                 batch.pop("reference_loss", None)
             return batches, items
+        self._meter.undefined |= plan.undefined
         return plan.batches, put_weights(plan, self.trainer.args, always=self._observing)
 
     def _plan(self, device: torch.device) -> StepPlanner:
@@ -273,6 +286,8 @@ class OnlineSelection(TrainerCallback):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Let the trainer compute its own loss, with this micro-batch's weights in it."""
+        if inputs.pop(UNDEFINED, False):
+            return as_undefined(self._on_compute_loss(model, inputs, *args, **kwargs))
         multipliers, held = inputs.pop(WEIGHTS, None), inputs.pop(HELD, None)
         if multipliers is None:
             with Replay(held):
@@ -292,33 +307,16 @@ class OnlineSelection(TrainerCallback):
         """Learn from the rows that trained, before a checkpoint of this step is written."""
         if self._reuse is not None:
             self._reuse.finish()
-        self._learn(args.device)
+        self._trained.teach(self.selector, self._domains, self.scope, args.device)
         if isinstance(self._scorer, CausalLMScorer):
             self._scorer.advance()
         self._meter.end(state.global_step)
-
-    def _learn(self, device: torch.device) -> None:
-        compared = self._domains is not None and "reference_loss" in self._domains.mixture.needs
-        seen = self._trained.drain(compared)
-        if seen is None:
-            return
-        everywhere = seen
-        if self.scope == "global" or self._domains is not None:
-            everywhere, _ = gather_signals(seen, device)
-        if self.selector.strategy.observes:
-            self.selector.observe(everywhere if self.scope == "global" else seen)
-        if self._domains is not None:
-            self._domains.observe(
-                everywhere.row_ids(),
-                everywhere.require(self, "loss"),
-                reference_loss=everywhere.reference_loss,
-            )
 
     # Logs and checkpoints -------------------------------------------------------------------
 
     def _on_log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs.update(self._meter.drain())
+            self._meter.tell(logs)
             if self._domains is not None:
                 shares = self._domains.metrics()
                 logs.update({f"selection/{name}": value for name, value in shares.items()})

@@ -1,4 +1,4 @@
-"""What ranks tell each other besides scores and rows: their settings, how far they can read."""
+"""What settings must agree with: each other, and those of the other ranks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from onlinesel.distributed import world_size
+from onlinesel.types import Strategy
 
-__all__ = ["check_settings", "smallest_over_ranks", "stack_over_ranks"]
+__all__ = ["check_candidates", "check_settings", "smallest_over_ranks", "stack_over_ranks"]
+
+
+def check_candidates(owner: str, strategy: Strategy, candidates: int) -> None:
+    """Refuse a method that would score every row and then drop none.
+
+    Args:
+        owner: Name used in errors.
+        strategy: The method.
+        candidates: Candidates per trained row.
+
+    Raises:
+        ValueError: There is nothing to drop.
+    """
+    if candidates == 1 and strategy.drops_only and strategy.needs:
+        raise ValueError(
+            f"{owner}: candidates must be at least 2 for {type(strategy).__name__}, which only "
+            "drops rows, got 1. Pass candidates=4 to train the best of every four rows."
+        )
 
 
 def smallest_over_ranks(value: int, device: torch.device | str = "cpu") -> int:

@@ -92,6 +92,7 @@ class Chain(Strategy):
             union = dict.fromkeys(n for part in parts for n in getattr(part, name))
             object.__setattr__(self, name, tuple(union))
         object.__setattr__(self, "normalize", parts[-1].normalize)
+        object.__setattr__(self, "drops_only", all(part.drops_only for part in parts))
         _scorer_options("Chain", parts)
 
     @property
@@ -187,6 +188,7 @@ class When(Strategy):
             union = dict.fromkeys(n for part in self._parts for n in getattr(part, name))
             object.__setattr__(self, name, tuple(union))
         object.__setattr__(self, "normalize", self.strategy.normalize)
+        object.__setattr__(self, "drops_only", all(part.drops_only for part in self._parts))
         _scorer_options("When", self._parts)
 
     @property

@@ -118,6 +118,9 @@ class PerGroup(Strategy):
         object.__setattr__(self, "needs", tuple(needs))
         object.__setattr__(self, "observes", self.strategy.observes)
         object.__setattr__(self, "normalize", self.strategy.normalize)
+        # Where as many train as there are, all groups do, but for those whose share is 0.
+        emptied = self.shares is not None and 0.0 in self.shares.values()
+        object.__setattr__(self, "drops_only", self.strategy.drops_only and not emptied)
 
     @property
     def scorer_options(self) -> dict[str, object]:
@@ -144,7 +147,7 @@ class PerGroup(Strategy):
         Scores are nan for the rows of a group that was not asked.
         """
         groups, place = signals.require(self, "group").unique(return_inverse=True)
-        usable = _usable(signals, self.strategy.needs_at(step))
+        usable = signals.finite(self.strategy.needs_at(step))
         counts = torch.bincount(place).tolist()
         limits = torch.bincount(place[usable], minlength=len(counts)).tolist()
         quotas = apportion(keep, self._weights(groups.tolist(), counts), limits)
@@ -219,15 +222,6 @@ def _check(shares: Mapping[int, float]) -> None:
             f"PerGroup: shares must sum to at most 1, got {math.fsum(shares.values()):g}. "
             "Divide them by their sum."
         )
-
-
-def _usable(signals: Signals, needs: Sequence[str]) -> Tensor:
-    """Return which rows have only finite numbers in the signals that are needed: ``(N,)`` bool."""
-    good = torch.ones(signals.size, dtype=torch.bool)
-    for name, value in signals.present().items():
-        if name in needs:
-            good &= torch.isfinite(value.reshape(signals.size, -1)).all(dim=1)
-    return good
 
 
 def _joined(asked: list[tuple[Tensor, Selection]], size: int) -> Selection:

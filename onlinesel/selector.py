@@ -48,10 +48,7 @@ def describe(signals: Signals, selection: Selection) -> dict[str, float]:
 
 def _finite_only(selection: Selection, signals: Signals, needs: Sequence[str]) -> Selection:
     """Take the weight off rows whose needed signals are not finite, whatever the method said."""
-    good = torch.ones(signals.size, dtype=torch.bool)
-    for name, value in signals.present().items():
-        if name in needs:
-            good &= torch.isfinite(value.reshape(signals.size, -1)).all(dim=1)
+    good = signals.finite(needs)
     if bool(good.all()):
         return selection
     alive = good if selection.weights.dim() == 1 else good[:, None]

@@ -69,6 +69,8 @@ class StepPlan:
         normalize: ``"tokens"`` or ``"samples"``.
         decisions: What was decided about which signals, one pair per decision.
         seconds: Time from the candidates to this plan.
+        undefined: Whether nothing trains because no candidate has a finite score, as where the
+            model has diverged. The loss is then shown as nan; its gradient is 0 all the same.
     """
 
     batches: list[Batch]
@@ -79,6 +81,7 @@ class StepPlan:
     normalize: str
     decisions: list[Decision]
     seconds: float
+    undefined: bool = False
 
     def multipliers(self, index: int) -> Tensor | None:
         """Return what each row's summed token loss is multiplied by before dividing by ``D``.
@@ -105,7 +108,10 @@ class StepPlan:
         """
         weights, counts = self.weights[index], self.counts[index]
         width = None if counts is None else label_width(self.batches[index])
-        return Weighing(weights, counts, self.denominator, self.normalize, factor, observe, width)
+        return Weighing(
+            weights, counts, self.denominator, self.normalize, factor, observe, width,
+            undefined=self.undefined,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -210,15 +216,17 @@ class StepPlanner:
         built = [self._build(share, signals, part) for part in range(len(batches))]
         new_batches, new_weights, new_ids = (list(column) for column in zip(*built, strict=True))
         counts = [self._counted(batch) for batch in new_batches]
+        total = self._total(decisions, new_weights, counts)
         return StepPlan(
             new_batches,
             new_weights,
             new_ids,
             counts,
-            self._denominator(decisions, new_weights, counts),
+            torch.where(total > 0, total, 1.0).to(self._device, torch.float32),
             self._normalize,
             decisions,
             time.perf_counter() - start,
+            undefined=not float(total) and _all_unscored(decisions, needs),
         )
 
     def _counted(self, batch: Batch) -> Tensor | None:
@@ -351,16 +359,14 @@ class StepPlanner:
     @staticmethod
     def _filler(signals: Sequence[Signals]) -> Place:
         for m, s in enumerate(signals):
-            good = torch.ones(s.size, dtype=torch.bool)
-            for value in s.present().values():
-                good &= torch.isfinite(value.reshape(s.size, -1)).all(dim=1)
+            good = s.finite(tuple(s.present()))
             if s.tokens is not None:  # a mean over no tokens is not a number
                 good &= s.tokens > 0
             if bool(good.any()):
                 return m, int(good.nonzero()[0])
         return 0, 0
 
-    def _denominator(
+    def _total(
         self,
         decisions: Sequence[Decision],
         weights: Sequence[Tensor],
@@ -369,13 +375,16 @@ class StepPlanner:
         if self._scope == "global":
             # Every rank has decided about all rows, and knows the sum without asking.
             whole = [(d.weights, None if counts[0] is None else s.tokens) for s, d in decisions]
-            total = _total(whole, self._normalize)
-        else:
-            total = _total(zip(weights, counts, strict=True), self._normalize)
-            total = sum_over_ranks(total.to(self._device))
-        return torch.where(total > 0, total, 1.0).to(self._device, torch.float32)
+            return _sum(whole, self._normalize)
+        total = _sum(zip(weights, counts, strict=True), self._normalize)
+        return sum_over_ranks(total.to(self._device))
 
 
-def _total(parts: Iterable[tuple[Tensor, Tensor | None]], normalize: str) -> Tensor:
+def _all_unscored(decisions: Sequence[Decision], needs: Sequence[str]) -> bool:
+    """Whether there are candidates, and none has finite numbers in all that the method reads."""
+    return bool(decisions) and not any(bool(s.finite(needs).any()) for s, _ in decisions)
+
+
+def _sum(parts: Iterable[tuple[Tensor, Tensor | None]], normalize: str) -> Tensor:
     sums = [total_weight(weights, counts, normalize) for weights, counts in parts]
     return torch.stack(sums).sum()

@@ -129,6 +129,12 @@ class Signals:
         """Return the signals of ``rows`` (an index or a boolean mask), in that order."""
         return self.map(lambda value: value[rows])
 
+    def finite(self, names: Sequence[str]) -> Tensor:
+        """Return which rows have only finite numbers in these signals: ``(N,)`` bool."""
+        found = [value for name, value in self.present().items() if name in names]
+        flat = [torch.isfinite(value.reshape(self.size, -1)).all(dim=1) for value in found]
+        return torch.stack(flat).all(dim=0) if flat else torch.ones(self.size, dtype=torch.bool)
+
     def to(self, device: torch.device | str) -> Signals:
         """Return the signals on ``device``."""
         return self.map(lambda value: value.to(device))
@@ -199,6 +205,9 @@ class Strategy(ABC):
             handed to :meth:`observe` after each step.
         normalize: How the method defines its loss: ``"tokens"`` (``D = sum_i w_i n_i``) or
             ``"samples"`` (``D = sum_i w_i`` over per-row means). The host's ``normalize`` wins.
+        drops_only: Whether all it does is to train ``keep`` of the candidates with weight 1. Hosts
+            refuse such a method where there is one candidate for each row that trains: it would
+            pay for scores and drop nothing.
 
     Example:
         A user's own method is a few lines and needs no registration:
@@ -221,6 +230,7 @@ class Strategy(ABC):
     needs: ClassVar[tuple[str, ...]] = ()
     observes: ClassVar[tuple[str, ...]] = ()
     normalize: ClassVar[str] = "tokens"
+    drops_only: ClassVar[bool] = False
 
     @property
     def scorer_options(self) -> dict[str, Any]:

@@ -163,6 +163,7 @@ class Weighing:
             that it divides by the accumulation), so that the division cancels.
         observe: Is told the ``(N,)`` mean losses of the rows, for methods that learn from them.
         width: Tokens of a row that may have a loss, None if nobody knows.
+        undefined: Show the loss as nan, whatever it is. Its gradient stays as it is.
     """
 
     weights: Tensor
@@ -172,6 +173,7 @@ class Weighing:
     factor: float = 1.0
     observe: Callable[[Tensor], None] | None = None
     width: int | None = None
+    undefined: bool = False
 
     def __call__(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return this micro-batch's part of the step's loss; see :func:`weighted_mean`."""
@@ -194,7 +196,8 @@ class Weighing:
             alive = alive if mask is None else alive & mask
         summed = torch.where(alive, losses * weights, 0.0).sum()
         divisor = self.denominator.to(summed).clamp(min=torch.finfo(summed.dtype).tiny)
-        return summed / divisor * self.factor
+        loss = summed / divisor * self.factor
+        return loss + torch.nan if self.undefined else loss
 
     def _check(self, losses: Tensor, mask: Tensor | None) -> None:
         rows, shape = self.weights.shape[0], tuple(losses.shape)

@@ -141,6 +141,7 @@ class GradNorm(Strategy):
             )
         object.__setattr__(self, "needs", (self.signal,))
         object.__setattr__(self, "normalize", "tokens" if self.mode == "top" else "samples")
+        object.__setattr__(self, "drops_only", self.mode == "top")
 
     def select(
         self, signals: Signals, state: State, *, keep: int, step: int, generator: torch.Generator

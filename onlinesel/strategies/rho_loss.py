@@ -69,6 +69,7 @@ class RHOLoss(Strategy):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("loss", "reference_loss")
+    drops_only: ClassVar[bool] = True
 
     def select(
         self, signals: Signals, state: State, *, keep: int, step: int, generator: torch.Generator

@@ -132,6 +132,7 @@ class SelectiveBackprop(Strategy):
                 f"SelectiveBackprop: capacity must be at least 1, got {self.capacity}. "
                 "Say how many recent losses to rank against."
             )
+        object.__setattr__(self, "drops_only", self.exact)
 
     def init(self) -> State:
         """Return an empty history."""

@@ -77,6 +77,7 @@ class TopLoss(Strategy):
     lowest: bool = False
 
     needs: ClassVar[tuple[str, ...]] = ("loss",)
+    drops_only: ClassVar[bool] = True
 
     def select(
         self, signals: Signals, state: State, *, keep: int, step: int, generator: torch.Generator

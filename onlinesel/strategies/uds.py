@@ -188,6 +188,7 @@ class UDS(Strategy):
     greedy: bool = False
 
     needs: ClassVar[tuple[str, ...]] = ("nuclear_norm", "embedding")
+    drops_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check(self)

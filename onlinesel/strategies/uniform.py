@@ -18,6 +18,7 @@ If nothing qualifies: cannot happen; every row qualifies.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -60,6 +61,8 @@ class Uniform(Strategy):
         >>> Selector(Uniform()).select(Signals(ids=torch.arange(8)), keep=2).rows.numel()
         2
     """
+
+    drops_only: ClassVar[bool] = True
 
     def select(
         self, signals: Signals, state: State, *, keep: int, step: int, generator: torch.Generator

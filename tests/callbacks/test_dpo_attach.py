@@ -68,6 +68,14 @@ def test_attaching_twice_is_refused(tmp_path: Path) -> None:
         PreferenceSelection(trainer, HIDE)
 
 
+def test_the_callback_of_another_trainer_is_refused(tmp_path: Path) -> None:
+    mine, other = make_dpo_trainer(tmp_path / "mine"), make_dpo_trainer(tmp_path / "other")
+    other.add_callback(PreferenceSelection(mine, HIDE))
+    with pytest.raises(ValueError, match="PreferenceSelection: trainer must be the one that the c"):
+        other.train()
+    assert other.state.global_step == 0
+
+
 def test_a_callback_that_was_not_added_is_refused(tmp_path: Path) -> None:
     trainer = make_dpo_trainer(tmp_path)
     PreferenceSelection(trainer, HIDE)

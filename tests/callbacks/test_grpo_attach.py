@@ -157,6 +157,15 @@ def test_a_callback_that_was_not_added_is_told(tmp_path: Path) -> None:
         trainer.train()
 
 
+def test_the_callback_of_another_trainer_is_refused(tmp_path: Path) -> None:
+    mine, other = make_grpo_trainer(tmp_path / "mine"), make_grpo_trainer(tmp_path / "other")
+    callback = RolloutSelection(mine)
+    other.add_callback(callback)
+    with pytest.raises(ValueError, match="RolloutSelection: trainer must be the one that the call"):
+        other.train()
+    assert other.state.global_step == 0
+
+
 def test_a_stream_has_no_problems_to_ask_for(tmp_path: Path) -> None:
     trainer = make_grpo_trainer(tmp_path)
     trainer.train_dataset = Dataset.from_list(make_problems((2, 2, 2, 2))).to_iterable_dataset()

@@ -12,10 +12,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ModernBertConfig, ModernBertForMaskedLM, Trainer
 
-from onlinesel import Selection, Signals, Strategy
+from onlinesel import Chain, PerGroup, Selection, Signals, Strategy, When
 from onlinesel.callbacks.hf import OnlineSelection
 from onlinesel.strategies import (
     RS2,
+    UDS,
     InfoBatch,
     LossReweight,
     RHOLoss,
@@ -143,14 +144,47 @@ def test_processes_that_the_trainer_does_not_know_are_refused(
 
 def test_attaching_twice_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
-    attach(trainer, TopLoss())
+    attach(trainer, TopLoss(), candidates=2)
     with pytest.raises(ValueError, match="trainer must be without another OnlineSelection"):
         OnlineSelection(trainer, TopLoss())
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [UDS(), RHOLoss(), Chain(TopLoss(), Uniform()), When(TopLoss(), start=9), PerGroup(TopLoss())],
+    ids=lambda strategy: type(strategy).__name__,
+)
+def test_a_method_that_only_drops_asks_for_candidates(tmp_path: Path, strategy: Any) -> None:
+    rows = [{**row, "group": 0, "reference_loss": 1.0} for row in make_rows()]
+    trainer = make_trainer(tmp_path, rows=Dataset.from_list(rows))
+    options = {"reference": "reference_loss", "groups": "group"}
+    before = dict(trainer.__dict__)
+    with pytest.raises(ValueError, match="candidates must be at least 2 for .*, which only drops"):
+        OnlineSelection(trainer, strategy, **options)
+    assert trainer.__dict__ == before
+    OnlineSelection(trainer, strategy, candidates=2, **options).detach()
+
+
+def test_the_callback_of_another_trainer_is_refused(tmp_path: Path) -> None:
+    mine, other = make_trainer(tmp_path / "mine"), make_trainer(tmp_path / "other")
+    callback = attach(mine, Uniform(), candidates=2)
+    other.add_callback(callback)
+    before = [p.clone() for p in other.model.parameters()]
+    message = "OnlineSelection: trainer must be the one that the callback was made for"
+    with pytest.raises(ValueError, match=message):
+        other.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, other.model.parameters(), strict=True))
+    mine.train()
+    assert callback.selector.step == 1
+    callback.detach()
+    mine.add_callback(callback)  # its methods are not wrapped any more
+    with pytest.raises(ValueError, match=message):
+        mine.train()
+
+
 def test_a_callback_that_was_not_added_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
-    OnlineSelection(trainer, TopLoss())
+    OnlineSelection(trainer, TopLoss(), candidates=2)
     with pytest.raises(ValueError, match="callback must be among the trainer's callbacks"):
         trainer.train()
 
@@ -168,7 +202,7 @@ def test_a_collator_that_merges_rows_is_refused_before_it_trains(tmp_path: Path)
         return {"input_ids": torch.tensor([ids]), "labels": torch.tensor([ids])}
 
     trainer = make_trainer(tmp_path, collator=flatten)
-    attach(trainer, TopLoss())
+    attach(trainer, TopLoss(), candidates=2)
     before = [p.clone() for p in trainer.model.parameters()]
     with pytest.raises(ValueError, match="cannot be selected by row|merges or splits rows"):
         trainer.train()

@@ -201,7 +201,7 @@ def test_a_batch_without_labels_is_refused(tmp_path: Path) -> None:
         return {k: v for k, v in collate(features).items() if k != "labels"}
 
     trainer = make_trainer(tmp_path, collator=unlabelled)
-    attach(trainer, TopLoss())
+    attach(trainer, TopLoss(), candidates=2)
     with pytest.raises(ValueError, match="batch must hold 'labels', got"):
         trainer.train()
 

@@ -116,8 +116,8 @@ def test_the_reference_would_notice_a_wrong_denominator(tmp_path: Path) -> None:
 
     def wrong(device: Any) -> Any:
         planner = build(device)
-        count = type(planner)._denominator
-        planner._denominator = lambda *args: 3 * count(planner, *args)
+        count = type(planner)._total
+        planner._total = lambda *args: 3 * count(planner, *args)
         return planner
 
     callback._plan = wrong  # type: ignore[method-assign]

@@ -191,7 +191,7 @@ def test_a_plain_mean_is_fine_where_it_is_exact() -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "options"),
-    [(TopLoss(), {"accumulate_grad_batches": 2}), (LossReweight(min_rows=2), {})],
+    [(Uniform(), {"accumulate_grad_batches": 2}), (LossReweight(min_rows=2), {})],
 )
 def test_a_loss_of_its_own_is_refused_where_it_is_not(strategy: Any, options: Any) -> None:
     with pytest.raises(ValueError, match="training_step must be one that returns onlinesel"):

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from onlinesel.callbacks.lightning import OnlineSelection
+from onlinesel.callbacks.loop import steps
 from onlinesel.strategies import UDS, RHOLoss, TopLoss, Uniform
 from tests.callbacks.hosts import collate, make_model, make_rows
 from tests.callbacks.lightning_hosts import (
@@ -114,6 +115,12 @@ def test_several_loaders(several: Any, name: str) -> None:
             batches=several())  # fmt: skip
 
 
+def test_a_method_that_only_drops_asks_for_candidates() -> None:
+    refused("candidates must be at least 2 for TopLoss, which only drops", selection(TopLoss()))
+    with pytest.raises(ValueError, match="steps: candidates must be at least 2 for TopLoss, which"):
+        steps(loader(), torch.nn.Linear(6, 4), TopLoss(), score=lambda *_: torch.ones(2))
+
+
 def test_models_without_a_scorer() -> None:
     refused(
         "score must be given for a model that is no causal language model, got None with "
@@ -134,7 +141,8 @@ def test_batches_that_the_default_scorer_cannot_read() -> None:
 
     batches = loader(make_rows(), collate_fn=pairs)
     refused("score must be given for a batch without 'input_ids' and 'labels' of one shape, got "
-            "None with 0, 1", OnlineSelection(TopLoss()), Language(), batches)  # fmt: skip
+            "None with 0, 1", selection(TopLoss(), candidates=2, score=None), Language(),
+            batches)  # fmt: skip
 
 
 def test_rows_that_are_strings_would_not_follow() -> None:
@@ -146,14 +154,14 @@ def test_rows_that_are_strings_would_not_follow() -> None:
 def test_windows_that_change_under_way() -> None:
     """Without a length the first window is read before the schedule has spoken."""
     with pytest.raises(ValueError, match="accumulate_grad_batches must be the same .* got 2 after"):
-        make_trainer(selection(TopLoss()), GradientAccumulationScheduler({0: 2})).fit(
+        make_trainer(selection(Uniform()), GradientAccumulationScheduler({0: 2})).fit(
             Classifier(), loader(Streamed(classified()))
         )
 
 
 def test_two_of_them_in_one_trainer() -> None:
     with pytest.raises(RuntimeError, match="Found more than one stateful callback"):
-        make_trainer(selection(TopLoss()), selection(Uniform()))
+        make_trainer(selection(Uniform()), selection(Uniform()))
 
 
 def test_losses_of_another_shape() -> None:

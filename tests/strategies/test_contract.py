@@ -45,6 +45,16 @@ def play(selector: Selector, steps: range) -> list[Tensor]:
     return found
 
 
+@every
+def test_what_only_drops_has_nothing_to_drop_where_all_train(case: Case) -> None:
+    """A host refuses it there; any other method does something even without more candidates."""
+    selector = warm(case)
+    weights = [selector.select(make_signals(step), keep=CANDIDATES).weights for step in range(8)]
+    acts = any(not torch.equal(w, torch.ones(CANDIDATES)) for w in weights)
+    plans = case.build().epoch_plan(8, epoch=0, seed=0) is not None
+    assert (acts or plans) != case.build().drops_only
+
+
 def warm(case: Case, seed: int = 0) -> Selector:
     """Return a selector whose state is no longer empty."""
     selector = Selector(case.build(), seed=seed)
