@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from onlinesel.callbacks._grpo_assemble import assemble, carry, final_advantages
-from onlinesel.callbacks._grpo_checks import check_outcomes
 from onlinesel.callbacks._grpo_fill import Filled, Filler, Round
 from onlinesel.callbacks._grpo_rows import ROWS, TRAINS, Rows, check_text, loss_mask
 from onlinesel.callbacks._grpo_tokens import TokenTerm
@@ -30,8 +29,6 @@ class BatchMaker:
         tokens: What the tokens count.
         generate: The trainer's own ``_generate_and_score_completions``.
         log_probs: The trainer's own ``_get_per_token_logps_and_entropies``.
-        outcome: Which reward function is the outcome.
-        success: Outcome above which an answer is right; None for outcomes of 0 and 1.
         pool: Where problems come from; None takes the loader's.
         further: Where the problems of further calls come from, if there is a refill.
         seed: Of every choice.
@@ -45,17 +42,15 @@ class BatchMaker:
         *,
         generate: Callable[..., Any],
         log_probs: Callable[..., Any],
-        outcome: int,
-        success: float | None,
         pool: PromptPool | None,
         further: PromptPool | None,
         seed: int,
     ) -> None:
         self.trainer, self.parts, self.tokens = trainer, parts, tokens
-        self.rewards: Tensor | None = None
-        """Of the last generation call, over all ranks; the callback puts them here."""
+        self.scored: tuple[Tensor, Tensor] | None = None
+        """Rewards and outcome of the last generation call, over all ranks; the callback puts them
+        here."""
         self._call, self._log_probs = generate, log_probs
-        self._outcome, self._success = outcome, success
         self._incoming: list[dict[str, Any]] = []
         size = trainer.num_generations
         choosers = {name: parts[name] for name in ("gate", "rollouts")}
@@ -68,7 +63,6 @@ class BatchMaker:
             generations=size,
             groups=trainer.args.generation_batch_size // size,
             ranks=world_size(),
-            outcome=self._outcomes,
             seed=seed,
         )
 
@@ -99,12 +93,12 @@ class BatchMaker:
         with self.tokens.sampling():
             batch = self._call(rows)
             self.tokens.label(batch)
-        rewards, self.rewards = self.rewards, None
-        assert rewards is not None
+        assert self.scored is not None
+        (rewards, outcome), self.scored = self.scored, None
         lengths = loss_mask(batch).sum(dim=1)
         facts = torch.stack([torch.tensor(numbers).to(lengths), lengths], dim=1)
         prompts, counts = self.trainer.accelerator.gather(facts).cpu().unbind(dim=1)
-        return Round(batch, rewards.float().cpu(), prompts, counts)
+        return Round(batch, rewards.float().cpu(), outcome, prompts, counts)
 
     def _fetch(self, ids: Tensor) -> list[dict[str, Any]]:
         """Return this rank's rows of the data set: every problem as often as a group is large."""
@@ -112,15 +106,6 @@ class BatchMaker:
         share = len(repeated) // world_size()
         dataset = self.trainer.train_dataset
         return [{**dataset[i], ROW_ID: i} for i in repeated[rank() * share : (rank() + 1) * share]]
-
-    def _outcomes(self, rewards: Tensor) -> Tensor:
-        """Return the outcome among the rewards: ``(B,)``."""
-        value = rewards[:, self._outcome]
-        if self._success is not None:
-            return torch.where(torch.isnan(value), value, (value > self._success).float())
-        if self.parts["prompts"] is not None:
-            check_outcomes(value)
-        return value
 
     def _assembled(self, filled: Filled) -> dict[str, Any]:
         """Put the final rows, their advantages and their number of tokens into a batch."""

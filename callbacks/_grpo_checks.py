@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-import torch
 import trl
 from packaging.version import Version
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -19,7 +19,7 @@ from onlinesel.rl.temperature import AdaptiveTemperature
 from onlinesel.rl.types import Advantages, TokenWeights
 from onlinesel.types import Strategy
 
-__all__ = ["check", "check_outcomes", "may_be_uneven", "refuse"]
+__all__ = ["check", "may_be_uneven", "refuse"]
 
 _OLDEST = Version("1.16")
 _TOKEN_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
@@ -41,18 +41,15 @@ def refuse(argument: str, rule: str, got: object, remedy: str) -> NoReturn:
 
 
 def check(
-    trainer: Any, parts: Mapping[str, Any], outcome: str | None, fused: object = False
-) -> int:
+    trainer: Any, parts: Mapping[str, Any], success: float | None = None, fused: object = False
+) -> None:
     """Check everything that can be known before the first step.
 
     Args:
         trainer: What should be a GRPO trainer.
         parts: The callback's parts by the name of their argument.
-        outcome: Name of the reward function that says right or wrong.
+        success: Outcome above which an answer is right; None where outcomes may be graded.
         fused: Whether ``policy_logprobs`` stands in for TRL's head.
-
-    Returns:
-        Which of the trainer's reward functions is the outcome.
 
     Raises:
         ValueError: They do not fit together.
@@ -70,12 +67,11 @@ def check(
             "There is one implementation, see onlinesel.kernels.policy_logprobs."
         )
     _check_trainer(trainer)
-    _check_groups(trainer, parts)
+    _check_groups(trainer, parts, success)
     _check_prompts(trainer, parts)
     _check_tokens(trainer, parts)
     if parts["temperature"] is not None:
         _check_temperature(trainer, fused)
-    return _outcome_of(trainer, parts, outcome)
 
 
 def _check_trainer(trainer: Any) -> None:
@@ -111,7 +107,7 @@ def _check_trainer(trainer: Any) -> None:
             )  # fmt: skip
 
 
-def _check_groups(trainer: Any, parts: Mapping[str, Any]) -> None:
+def _check_groups(trainer: Any, parts: Mapping[str, Any], success: float | None) -> None:
     gate, rollouts, size = parts["gate"], parts["rollouts"], trainer.num_generations
     for name, strategy in (("gate", gate), ("rollouts", rollouts)):
         needs = () if strategy is None else strategy.needs
@@ -123,10 +119,7 @@ def _check_groups(trainer: Any, parts: Mapping[str, Any]) -> None:
             )  # fmt: skip
     possible = getattr(gate, "possible", None)
     if possible is not None and not possible(size):
-        refuse(
-            "gate", f"one that some number of right answers out of {size} can pass", gate,
-            "Widen the band, or raise num_generations.",
-        )  # fmt: skip
+        _check_possible(gate, size, success)
     fewest = getattr(rollouts, "keep", None)
     if isinstance(fewest, int) and fewest > size:
         refuse(
@@ -170,6 +163,21 @@ def _check_windows(trainer: Any, parts: Mapping[str, Any]) -> None:
         "DeepSpeed", f"{slices} and {window}", "Its engine updates the weights before a batch "
         "without a group that trains can be made up for.",
     )  # fmt: skip
+
+
+def _check_possible(gate: Any, size: int, success: float | None) -> None:
+    """Refuse a gate that nothing can pass; warn of one that only graded outcomes can."""
+    if success is not None or getattr(gate, "low", 0.0) >= getattr(gate, "high", 0.0):
+        refuse(
+            "gate", f"one that some number of right answers out of {size} can pass", gate,
+            "Widen the band, or raise num_generations.",
+        )  # fmt: skip
+    warnings.warn(
+        f"RolloutSelection: no number of right answers out of {size} can pass {gate}: only groups "
+        "of graded outcomes, between 0 and 1, will train. Widen the band, or raise "
+        "num_generations, if the outcome is 0 or 1.",
+        stacklevel=2,
+    )
 
 
 def _check_prompts(trainer: Any, parts: Mapping[str, Any]) -> None:
@@ -252,31 +260,3 @@ def _check_temperature(trainer: Any, fused: bool) -> None:
     ):  # fmt: skip
         if bad:
             refuse("trainer", f"one with {rule} for temperature=", got, remedy)
-
-
-def _outcome_of(trainer: Any, parts: Mapping[str, Any], outcome: str | None) -> int:
-    names = list(trainer.reward_func_names)
-    if outcome is not None:
-        if names.count(outcome) != 1:
-            refuse("outcome", f"one of {', '.join(names)}", repr(outcome), "Name it as it is.")
-        return names.index(outcome)
-    asking = [n for n in ("gate", "prompts", "rollouts", "advantages") if parts[n] is not None]
-    if len(names) > 1 and asking:
-        refuse(
-            "outcome", f"named for {asking[0]}= with {len(names)} reward functions", "None",
-            f"Say which one tells right from wrong: {', '.join(names)}. A shaped sum must not "
-            "decide.",
-        )  # fmt: skip
-    return 0
-
-
-def check_outcomes(outcome: torch.Tensor) -> None:
-    """Refuse outcomes that are not 0, 1 or nan: samplers count right answers."""
-    known = outcome[~torch.isnan(outcome)]
-    other = known[(known != 0) & (known != 1)]
-    if len(other):
-        refuse(
-            "outcome", "0 or 1 for prompts=", f"{other[0].item():g}",
-            "Name the reward function that says right or wrong (outcome=), or say above which "
-            "value an answer is right (success=).",
-        )  # fmt: skip

@@ -33,12 +33,14 @@ class Round:
     Attributes:
         batch: This rank's own rows, as the trainer returned them.
         rewards: ``(B, F)`` of every reward function.
+        outcome: ``(B,)`` 1 for right, 0 for wrong, a fraction between, nan where unknown.
         prompts: ``(B,)`` row number of each completion's problem, -1 if unknown.
         lengths: ``(B,)`` tokens that carry loss.
     """
 
     batch: dict[str, Any]
     rewards: Tensor
+    outcome: Tensor
     prompts: Tensor
     lengths: Tensor
 
@@ -50,7 +52,7 @@ class Group:
     Attributes:
         prompt: Row number of the problem, -1 if unknown.
         rewards: ``(G, F)`` of every reward function.
-        outcome: ``(G,)`` 1, 0 or nan.
+        outcome: ``(G,)`` 1, 0, between, or nan.
         weights: ``(G,)`` weight of each completion; all 0 if the gate dropped the group.
         lengths: ``(G,)`` tokens that carry loss.
         places: Where each completion lies: rank, call, row. Empty for a carried group.
@@ -77,6 +79,18 @@ class Group:
         """Variance of the outcomes that are known; nan if none is."""
         known = self.outcome[~torch.isnan(self.outcome)]
         return known.var(correction=0).item() if known.shape[0] else float("nan")
+
+    @property
+    def undecided(self) -> Tensor:
+        """Completions without a known outcome that some function scored: they have advantages."""
+        return torch.isnan(self.outcome) & ~torch.isnan(self.rewards).all(dim=1)
+
+    def weighted(self, weights: Tensor) -> Group:
+        """Return the group with what a method, which sees outcomes alone, gave its completions.
+
+        An undecided completion counts as much as the others of its group.
+        """
+        return replace(self, weights=torch.where(self.undecided, weights.max(), weights))
 
     def take(self, rows: Tensor) -> Group:
         """Return the group with some of its completions only."""
@@ -134,7 +148,6 @@ class Filler:
         generations: Completions of a group.
         groups: Groups of a full batch, over all ranks.
         ranks: Number of ranks.
-        outcome: ``(B, F) -> (B,)``, the outcome among the rewards.
         seed: Of the choice of repeated groups.
     """
 
@@ -150,7 +163,6 @@ class Filler:
         generations: int,
         groups: int,
         ranks: int,
-        outcome: Callable[[Tensor], Tensor],
         seed: int,
     ) -> None:
         self.gate, self.rollouts, self.refill = gate, rollouts, refill or Refill(max_rounds=0)
@@ -158,7 +170,7 @@ class Filler:
         self.carried: list[Group] = []
         self.acceptance, self.barren = 1.0, 0
         self.generator = torch.Generator().manual_seed(seed)
-        self._generate, self._outcome = generate, outcome
+        self._generate = generate
         self._generations, self._groups, self._ranks = generations, groups, ranks
 
     def fill(self, step: int) -> Filled:
@@ -199,15 +211,16 @@ class Filler:
         filled.tokens += int(done.lengths.sum())
         filled.batches.append(done.batch)
         prompts = torch.tensor([group.prompt for group in groups])
-        successes, trials, _ = count_outcomes(*self._flat(groups))
         if self.pool is not None:
-            self.pool.observe(prompts, successes, trials, step=step)
+            outcome, number = self._flat(groups)
+            successes, trials, _ = count_outcomes(outcome, number)
+            squares, _, _ = count_outcomes(outcome.square(), number)
+            self.pool.observe(prompts, successes, trials, squares=squares, step=step)
         groups = self._gated(groups, step)
         filled.scored += groups
         return [group for group in groups if group.kept]
 
     def _split(self, done: Round, call: int, first: int) -> list[Group]:
-        outcome = self._outcome(done.rewards)
         size, local = self._generations, done.rewards.shape[0] // self._ranks
         groups = []
         for start in range(0, done.rewards.shape[0], size):
@@ -216,7 +229,7 @@ class Filler:
                 Group(
                     prompt=int(done.prompts[start]),
                     rewards=done.rewards[part],
-                    outcome=outcome[part],
+                    outcome=done.outcome[part],
                     weights=torch.ones(size),
                     lengths=done.lengths[part],
                     places=tuple((i // local, call, i % local) for i in range(start, start + size)),
@@ -239,7 +252,7 @@ class Filler:
         signals = Signals(ids=torch.arange(len(reward)), reward=reward, group=number)
         weights = self.gate.select(signals, step=step).weights.split(self._generations)
         pairs = zip(groups, weights, strict=True)
-        return [replace(group, weights=weight) for group, weight in pairs]
+        return [group.weighted(weight) for group, weight in pairs]
 
     def _reduced(self, groups: list[Group], step: int) -> list[Group]:
         """Ask the rollout selection which completions of the groups train, as many in each."""
@@ -248,13 +261,20 @@ class Filler:
         reward, number = self._flat(groups)
         signals = Signals(ids=torch.arange(len(reward)), reward=reward, group=number)
         chosen = self.rollouts.select(signals, step=step).weights.split(self._generations)
-        most = max(1, *(int((weights > 0).sum()) for weights in chosen))
+        keep = getattr(self.rollouts.strategy, "keep", 0)
+        most = max(
+            max(int((w > 0).sum()), min(keep, int(((w > 0) | group.undecided).sum())))
+            for group, w in zip(groups, chosen, strict=True)
+        )
         reduced = []
         for group, weights in zip(groups, chosen, strict=True):
-            # A completion without a reward fills up the number, with weight 0.
-            rows = (weights > 0).float().argsort(descending=True, stable=True)[:most]
-            group = replace(group, weights=group.weights * weights)
-            reduced.append(group.take(rows.sort().values))
+            # Completions without an outcome fill up the number, those first that were scored.
+            rank = 2 * (weights > 0).long() + group.undecided.long()
+            rows = rank.argsort(descending=True, stable=True)[: most or self._generations]
+            if bool(torch.isnan(group.outcome).all()):
+                weights = torch.ones_like(weights)
+            weights = group.weights * group.weighted(weights).weights
+            reduced.append(replace(group, weights=weights).take(rows.sort().values))
         return reduced
 
     def _finish(self, filled: Filled, kept: list[Group], step: int) -> Filled:

@@ -16,10 +16,10 @@ __all__ = ["RolloutMeter"]
 _COUNTED = ("rollouts", "tokens", "rejected_tokens", "seconds", "cpu_seconds", "rows")
 
 
-def _binary(filled: Filled) -> bool:
-    """Whether outcomes are right or wrong, so that they can be counted."""
+def _counted(filled: Filled) -> bool:
+    """Whether outcomes are shares of a right answer, so that they can be counted."""
     outcome = torch.cat([group.outcome for group in filled.scored])
-    return bool(((outcome == 0) | (outcome == 1) | torch.isnan(outcome)).all())
+    return bool((((outcome >= 0) & (outcome <= 1)) | torch.isnan(outcome)).all())
 
 
 class RolloutMeter(Meter):
@@ -102,15 +102,16 @@ class RolloutMeter(Meter):
             "unscorable": (len(rates) - len(known)) / len(scored),
             "rejected_token_share": wasted / max(filled.tokens, 1),
         }
-        if _binary(filled):
+        if _counted(filled):
             values["too_easy"] = sum(rate > 0.5 for rate in dropped) / len(scored)
             values["too_hard"] = sum(rate <= 0.5 for rate in dropped) / len(scored)
         if known:
             values["outcome_all"] = sum(known) / len(known)
         if kept:
             values["rollouts_per_kept"] = filled.rollouts / len(kept)
-            kept_rates = [g.outcome.nanmean().item() for g in kept]
-            values["outcome_kept"] = sum(kept_rates) / len(kept)
+        kept_rates = [r for r, g in zip(rates, scored, strict=True) if g.kept and r == r]
+        if kept_rates:
+            values["outcome_kept"] = sum(kept_rates) / len(kept_rates)
         self._means.add(**values)
         if self._log is not None:
             self._write(self._log, filled, step)
@@ -119,7 +120,7 @@ class RolloutMeter(Meter):
         known = [~torch.isnan(group.outcome) for group in filled.scored]
         trials = [int(mask.sum()) for mask in known]
         pairs = zip(filled.scored, known, trials, strict=True)
-        counts = _binary(filled)
+        counts = _counted(filled)
         wall, cpu = self._so_far()
         log.generation(
             step=step,

@@ -5,12 +5,41 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from onlinesel.distributed import rank, world_size
+from onlinesel.rl.prompts import PromptPool, PromptSampler
 from onlinesel.scoring import evaluating, unwrap
 
-__all__ = ["embed_prompts", "prompt_features"]
+__all__ = ["embed_prompts", "make_pool", "prompt_features"]
+
+
+def make_pool(
+    trainer: Any, sampler: PromptSampler | None, seed: int, state: dict[str, Tensor]
+) -> PromptPool | None:
+    """Return a sampler over the trainer's problems, the same on all ranks; None without one.
+
+    Args:
+        trainer: A GRPO trainer with a map-style data set.
+        sampler: The method.
+        seed: Of the pool's own generator.
+        state: What the pool of a checkpoint held; empty for a new one.
+    """
+    if sampler is None:
+        return None
+    pool = PromptPool(
+        sampler,
+        len(trainer.train_dataset),
+        trials=trainer.num_generations,
+        seed=seed,
+        features=None if state else prompt_features(trainer, sampler.features),
+        state=state or None,
+    )
+    if world_size() > 1:
+        # Eigenvectors need not be the same bits on processors of another make.
+        pool.load_state_dict(broadcast_object_list([pool.state_dict()])[0])
+    return pool
 
 
 def prompt_features(trainer: Any, source: str | None) -> Tensor | None:

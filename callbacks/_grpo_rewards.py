@@ -46,15 +46,18 @@ class RewardGuard:
             async def guarded_async(**kwargs: Any) -> Any:
                 try:
                     given = await asyncio.wait_for(function(**kwargs), self.timeout)
-                    return self._checked(given, kwargs)
+                    return self._checked(_listed(given), kwargs)
                 except Exception as error:
                     return self._note(name, error, kwargs)
 
             return guarded_async
 
         def guarded(**kwargs: Any) -> Any:
+            def rewards(**kwargs: Any) -> Any:
+                return _listed(function(**kwargs))
+
             try:
-                call = function if self.timeout is None else self._timed(function)
+                call = rewards if self.timeout is None else self._timed(rewards)
                 return self._checked(call(**kwargs), kwargs)
             except Exception as error:
                 return self._note(name, error, kwargs)
@@ -85,7 +88,7 @@ class RewardGuard:
         return timed
 
     @staticmethod
-    def _checked(given: Any, kwargs: dict[str, Any]) -> Any:
+    def _checked(given: list[Any] | None, kwargs: dict[str, Any]) -> list[Any]:
         expected = len(kwargs["completions"])
         if given is None or len(given) != expected:
             found = "None" if given is None else f"{len(given)} rewards"
@@ -96,8 +99,17 @@ class RewardGuard:
 
     def _note(self, name: str, error: BaseException, kwargs: dict[str, Any]) -> list[None]:
         """Keep an error for :meth:`check`, which all ranks reach, and score nothing until then."""
-        self._errors.append((name, error))
+        self._errors.append((_function(name), error))
         return [None] * len(kwargs["completions"])
+
+    def number(self, what: str, rule: Callable[..., Any], *args: Any) -> float:
+        """Return what a rule says about one completion, nan for None; an error is kept."""
+        try:
+            said = rule(*args)
+            return float("nan") if said is None else float(said)
+        except Exception as error:
+            self._errors.append((f"{what} must be a number or None for each completion", error))
+            return float("nan")
 
     def check(self) -> None:
         """Raise on every rank what any rank met; called by all ranks after the rewards.
@@ -105,14 +117,22 @@ class RewardGuard:
         Raises:
             RuntimeError: A reward function failed, with its error as the cause on its rank.
         """
-        mine = [(name, f"{type(error).__name__}: {error}") for name, error in self._errors]
+        mine = [(rule, f"{type(error).__name__}: {error}") for rule, error in self._errors]
         found = gather_object([mine]) if world_size() > 1 else [mine]
         cause = self._errors[0][1] if self._errors else None
         self._errors = []
         for rank, errors in enumerate(found):
-            for name, what in errors:
+            for rule, what in errors:
                 raise RuntimeError(
-                    f"RolloutSelection: reward function '{name}' must return one reward for each "
-                    f"completion, got {what} on rank {rank}. Mend it; for a completion that cannot "
-                    "be scored it may return None."
+                    f"RolloutSelection: {rule}, got {what} on rank {rank}. Mend it; for a "
+                    "completion that cannot be scored it may return None."
                 ) from cause
+
+
+def _listed(given: Any) -> list[Any] | None:
+    """Return rewards as a list; a generator computes them only here."""
+    return None if given is None else list(given)
+
+
+def _function(name: str) -> str:
+    return f"reward function '{name}' must return one reward for each completion"

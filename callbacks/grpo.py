@@ -18,7 +18,7 @@ groups; a test holds it to the trainer's bits. :meth:`RolloutSelection.detach` p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from onlinesel.rl.uniform_prompts import UniformPrompts
 from onlinesel.types import Strategy
 
 try:
-    from accelerate.utils import broadcast_object_list
     from transformers import TrainerCallback
 
     from onlinesel.callbacks import _attach
@@ -42,7 +41,8 @@ try:
     from onlinesel.callbacks._grpo_checks import check, refuse
     from onlinesel.callbacks._grpo_loss import MicroLoss, Window, regroup
     from onlinesel.callbacks._grpo_meter import RolloutMeter
-    from onlinesel.callbacks._grpo_prompts import prompt_features
+    from onlinesel.callbacks._grpo_outcomes import Outcomes
+    from onlinesel.callbacks._grpo_prompts import make_pool
     from onlinesel.callbacks._grpo_rewards import RewardGuard
     from onlinesel.callbacks._grpo_rows import ROWS
     from onlinesel.callbacks._grpo_state import (
@@ -103,9 +103,13 @@ class RolloutSelection(TrainerCallback):
             ``cast_lm_head_to_fp32`` needless), each token's temperature exact, and a backward pass
             of the head over those tokens alone whose loss has a gradient, without groups of
             advantage 0, clipped tokens and those that ``tokens`` drops. False keeps TRL's bits.
-        outcome: Name of the reward function that says right or wrong. Needed if there are several:
-            gates and samplers must not see a shaped sum.
-        success: Outcome above which an answer is right; None for outcomes of 0 and 1.
+        outcome: What says right or wrong: the name of a reward function (or of an environment that
+            gives its own reward), the function itself, several of them, of which the first that
+            is not None counts, or a rule ``(rewards by name, row) -> outcome``. Needed if there
+            are several functions: gates and samplers must not see a shaped sum. Functions of one
+            name are ``"name#1"``, ``"name#2"``.
+        success: Outcome above which an answer is right. None takes outcomes as they are: 0, 1, and
+            between them graded ones, which count as that fraction of a right answer.
         seed: Of the selection's own generators, the same on all ranks.
         reward_timeout: Seconds after which a reward function that does not answer ends the run,
             on all ranks; None for no bound.
@@ -144,7 +148,7 @@ class RolloutSelection(TrainerCallback):
         tokens: TokenWeights | None = None,
         temperature: AdaptiveTemperature | None = None,
         fused_logprobs: bool = False,
-        outcome: str | None = None,
+        outcome: str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | None = None,
         success: float | None = None,
         seed: int = 0,
         reward_timeout: float | None = None,
@@ -155,7 +159,15 @@ class RolloutSelection(TrainerCallback):
             "advantages": advantages, "tokens": tokens, "temperature": temperature,
         }  # fmt: skip
         self.trainer, self.seed, self.success = trainer, seed, success
-        self._outcome = check(trainer, self.parts, outcome, fused_logprobs)
+        check(trainer, self.parts, success, fused_logprobs)
+        deciding = ("gate", "prompts", "rollouts", "advantages")
+        self._outcomes = Outcomes(
+            trainer,
+            outcome,
+            success,
+            asking=[name for name in deciding if self.parts[name] is not None],
+            counting=prompts is not None and bool(prompts.needs),
+        )
         self._idle = not any(p is not None for p in self.parts.values()) and record is None
         self._guard = RewardGuard(reward_timeout)
         scores = bool(advantages and advantages.needs_scores)
@@ -213,15 +225,15 @@ class RolloutSelection(TrainerCallback):
         self.meter.generated(filled, step)
         return batch
 
-    def _on__calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _on__calculate_rewards(self, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Let the trainer compute the rewards, and keep what all ranks now know."""
         trainer = self.trainer
         guarded = self._guard.wrap(trainer.reward_funcs, trainer.reward_func_names)
         with _attach.overridden(trainer, {"reward_funcs": guarded}):
-            rewards = self._call["_calculate_rewards"](*args, **kwargs)
+            rewards: Tensor = self._call["_calculate_rewards"](inputs, *args, **kwargs)
         self._guard.check()
-        if self._maker is not None:
-            self._maker.rewards = rewards
+        if self._maker is not None and trainer.model.training:
+            self._maker.scored = rewards, self._outcomes.of(rewards, inputs, self._guard)
         return rewards
 
     # The loss -------------------------------------------------------------------------------
@@ -295,7 +307,7 @@ class RolloutSelection(TrainerCallback):
             "num_generations": self.trainer.num_generations,
             "num_iterations": self.trainer.num_iterations,
             "steps_per_generation": self.trainer.args.steps_per_generation,
-            "outcome": self._outcome,
+            "outcome": self._outcomes.name,
             "success": self.success,
             "seed": self.seed,
             "strategy": ", ".join(
@@ -324,18 +336,17 @@ class RolloutSelection(TrainerCallback):
     def _begin(self, checkpoint: str | None) -> None:
         found = load_run(self.trainer, checkpoint, self._facts(), type(self).__name__)
         state, facts = found if found is not None else ({}, {})
-        pool = self._pool(self.parts["prompts"], part(state, "pool"))
+        trainer, seed = self.trainer, self.seed
+        pool = make_pool(trainer, self.parts["prompts"], seed, part(state, "pool"))
         further = pool if self.parts["refill"] is not None else None
         if self.parts["refill"] is not None and pool is None:
-            further = self._pool(UniformPrompts(), part(state, "further"))
+            further = make_pool(trainer, UniformPrompts(), seed, part(state, "further"))
         self._maker = BatchMaker(
             self.trainer,
             self.parts,
             self._tokens,
             generate=self._call["_generate_and_score_completions"],
             log_probs=self._call["_get_per_token_logps_and_entropies"],
-            outcome=self._outcome,
-            success=self.success,
             pool=pool,
             further=further,
             seed=self.seed,
@@ -351,23 +362,6 @@ class RolloutSelection(TrainerCallback):
         resumed = None if found is None else int(facts["step"])
         writes = self.trainer.args.process_index == 0
         self.meter.start(resumed, facts.get("totals", {}), writes)
-
-    def _pool(self, sampler: PromptSampler | None, state: dict[str, Tensor]) -> PromptPool | None:
-        if sampler is None:
-            return None
-        trainer = self.trainer
-        pool = PromptPool(
-            sampler,
-            len(trainer.train_dataset),
-            trials=trainer.num_generations,
-            seed=self.seed,
-            features=None if state else prompt_features(trainer, sampler.features),
-            state=state or None,
-        )
-        if world_size() > 1:
-            # Eigenvectors need not be the same bits on processors of another make.
-            pool.load_state_dict(broadcast_object_list([pool.state_dict()])[0])
-        return pool
 
     def _on__save_rng_state(self, output_dir: str) -> None:
         """Write the state beside the trainer's own, before the checkpoint counts as complete."""

@@ -15,8 +15,8 @@ Without ``--model_name_or_path`` a small Llama practises sums for a minute and t
 procedural problems (``--task``, one of mixed and digits), which takes a few minutes on a CPU.
 
 Reward functions are given as ``module.function``; the first one is taken as the outcome that
-decides, unless ``--outcome`` names another. ``--prompt_column question`` makes a prompt of a column
-of questions, with ``--instruction`` after it.
+decides, unless ``--outcome`` names another, or several that each score one task. ``--prompt_column
+question`` makes a prompt of a column of questions, with ``--instruction`` after it.
 
 On several GPUs: ``accelerate launch -m onlinesel.recipes.grpo ...``. Then ``onlinesel report RUN``
 and ``onlinesel prompts RUN`` show what ``--record RUN`` wrote down.
@@ -139,12 +139,16 @@ class RolloutArguments:
         default_factory=lambda: ["onlinesel.recipes.rewards.final_number"],
         metadata={"help": "Reward functions, each as module.function."},
     )
-    outcome: str | None = field(
-        default=None,
-        metadata={"help": "The reward function that says right or wrong; the first by default."},
+    outcome: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Reward functions that say right or wrong, of which the first that is not None "
+            "counts; by default the first of --reward."
+        },
     )
     success: float | None = field(
-        default=None, metadata={"help": "Outcome above which an answer is right, if not 0 or 1."}
+        default=None,
+        metadata={"help": "Outcome above which an answer is right; graded ones count as they are."},
     )
     prompt_column: str | None = field(
         default=None, metadata={"help": "Column of questions to make prompts of."}
@@ -214,16 +218,14 @@ def make_trainer(
     parts = make_parts(options)  # before minutes are spent on model and data
     if model.model_name_or_path is None:
         trainer = _embedded(training, options)
-        outcome = options.outcome
     else:
         _COMMAND.check_path("model_name_or_path", model.model_name_or_path)
         trainer = _from_hub(script, training, model, mixture, options)
-        outcome = options.outcome or trainer.reward_func_names[0]
     trainer.add_callback(
         RolloutSelection(
             trainer,
             **parts,
-            outcome=outcome,
+            outcome=options.outcome or trainer.reward_funcs[0],
             success=options.success,
             seed=options.selection_seed,
             record=options.record,

@@ -145,6 +145,7 @@ def _checked_scores(rollouts: Rollouts) -> Tensor:
     if other.numel():
         raise ValueError(
             f"DRPO: outcome must be 0 or 1, got {other[0].item():g}. "
-            "Name the reward function that says right or wrong."
+            "Name the reward function that says right or wrong (outcome=), or say above which "
+            "value an answer is right (success=)."
         )
     return rollouts.scores

@@ -6,6 +6,9 @@ any of its rows has weight; a completion without a reward never does. Gates comb
 strategies do: ``When(PassRateBand(0.25, 0.75), start=50)`` lets every group train for 50 steps and
 then applies the band.
 
+**Outcomes** are 1 for right, 0 for wrong, and anything between for what is partly right; nan is
+unknown. Graded outcomes count as that fraction of a success.
+
 **Decide on the outcome, never on a shaped reward.** A length bonus gives a group in which every
 answer is wrong a spread, which normalisation blows up to full size: filtering on such a sum is
 worse than no filter.
@@ -23,12 +26,15 @@ from onlinesel.types import Selection, Signals, State, Strategy
 
 __all__ = ["PassRateBand", "ZeroVariance", "count_outcomes"]
 
+_ROUNDING = 1e-6  # of the mean of graded outcomes in float32
+
 
 def count_outcomes(reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Count successes by group.
 
     Args:
-        reward: ``(N,)`` 1 for a success, 0 for a failure, nan where nothing is known.
+        reward: ``(N,)`` 1 for a success, 0 for a failure, a fraction for what lies between, nan
+            where nothing is known.
         group: ``(N,)`` int64.
 
     Returns:
@@ -46,6 +52,18 @@ def count_outcomes(reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tenso
     zeros = torch.zeros(names.shape[0])
     trials = zeros.index_add(0, where, known.float())
     return zeros.index_add(0, where, torch.where(known, reward, 0.0)), trials, where
+
+
+def _spread(reward: Tensor, group: Tensor) -> Tensor:
+    """Return the largest minus the smallest finite reward of each row's group; -inf without any."""
+    names, where = group.unique(return_inverse=True)
+    known = torch.isfinite(reward)
+    extremes = []
+    for how, fill in (("amax", -torch.inf), ("amin", torch.inf)):
+        start = torch.full((names.shape[0],), fill)
+        value = torch.where(known, reward, fill)
+        extremes.append(start.scatter_reduce(0, where, value, how))
+    return (extremes[0] - extremes[1])[where]
 
 
 @dataclass(frozen=True)
@@ -66,6 +84,9 @@ class ZeroVariance(Strategy):
 
     When it loses: in rollouts. On the demo's two tasks it took 150 and 102 % of plain training's
     for the same held-out reward (``recipes/results/demo_grpo_cpu_5_seeds.md``).
+
+    Where this differs from verl's filter: that keeps a group of a single completion, for estimators
+    whose baseline is not the group's. In GRPO its advantage is 0, so here it is dropped.
 
     If nothing qualifies: every weight is 0, and the refill's policy decides. A group with fewer
     than two scorable completions has no spread.
@@ -96,15 +117,8 @@ class ZeroVariance(Strategy):
     ) -> tuple[Selection, State]:
         """Give weight to the groups whose outcomes differ."""
         reward, group = signals.require(self, "reward"), signals.require(self, "group")
-        names, where = group.unique(return_inverse=True)
-        known = torch.isfinite(reward)
-        extremes = []
-        for how, fill in (("amax", -torch.inf), ("amin", torch.inf)):
-            start = torch.full((names.shape[0],), fill)
-            value = torch.where(known, reward, fill)
-            extremes.append(start.scatter_reduce(0, where, value, how))
-        spread = extremes[0] - extremes[1]  # -inf where no completion has a reward
-        return Selection((spread > self.tolerance)[where].float(), spread[where]), state
+        spread = _spread(reward, group)
+        return Selection((spread > self.tolerance).float(), spread), state
 
     def possible(self, generations: int) -> list[int]:
         """Return the numbers of successes with which a group of ``generations`` trains."""
@@ -122,7 +136,9 @@ class PassRateBand(Strategy):
     (arXiv:2504.03380): balanced bands around 1/2 and skewed ones that cut one side.
 
     Formula: with ``k`` successes in ``n`` scorable completions, a group trains if ``0 < k < n`` and
-    ``low <= k / n <= high`` (``<`` with ``inclusive=False``). ``PassRateBand(0, 0.75)`` keeps the
+    ``low <= k / n <= high`` (``<`` with ``inclusive=False``). Graded outcomes count as fractions of
+    a success: ``k`` is their sum, and instead of ``0 < k < n`` they must not all be equal, which is
+    the same for outcomes of 0 and 1. ``PassRateBand(0, 0.75)`` keeps the
     hard side, ``PassRateBand(0.25, 1)`` the easy one. With ``anneal``, the band narrows linearly
     from every mixed group to ``(low, high)`` over that many steps, which is ours: a hard band is
     brutal on a cold start (at ``n = 8``, a problem solved once in twenty passes a 0.25 to 0.75
@@ -147,7 +163,7 @@ class PassRateBand(Strategy):
             it as it is from the start.
 
     Raises:
-        ValueError: Not ``0 <= low <= high <= 1``; rewards other than 0 and 1.
+        ValueError: Not ``0 <= low <= high <= 1``; rewards that are not between 0 and 1.
 
     Example:
         >>> import torch
@@ -186,13 +202,12 @@ class PassRateBand(Strategy):
         share = 1.0 if step >= self.anneal else step / self.anneal
         return share * self.low, self.high + (1.0 - share) * (1.0 - self.high)
 
-    def _passes(self, successes: Tensor, trials: Tensor, step: int) -> Tensor:
+    def _within(self, rate: Tensor, slack: Tensor | float, step: int) -> Tensor:
+        """Return which rates lie in the band; ``slack`` is what rounding may have moved them."""
         low, high = self.band(step)
-        rate = successes.double() / trials.clamp(min=1).double()
-        mixed = (successes > 0) & (successes < trials)
         if self.inclusive:
-            return mixed & (rate >= low) & (rate <= high)
-        return mixed & (rate > low) & (rate < high)
+            return (rate >= low - slack) & (rate <= high + slack)
+        return (rate > low + slack) & (rate < high - slack)
 
     def select(
         self, signals: Signals, state: State, *, keep: int, step: int, generator: torch.Generator
@@ -200,25 +215,30 @@ class PassRateBand(Strategy):
         """Give weight to the groups inside the band."""
         reward, group = signals.require(self, "reward"), signals.require(self, "group")
         known = reward[~torch.isnan(reward)]
-        if not bool(((known == 0) | (known == 1)).all()):
-            other = known[(known != 0) & (known != 1)][0].item()
+        other = known[~((known >= 0) & (known <= 1))]
+        if other.numel():
             raise ValueError(
-                f"PassRateBand: reward must be an outcome of 0 or 1, got {other:g}. Name the "
-                "reward function that says right or wrong (outcome=), or say above which value an "
-                "answer is right (success=)."
+                "PassRateBand: reward must be an outcome between 0 and 1, got "
+                f"{other[0].item():g}. Name the reward function that says right or wrong "
+                "(outcome=), or say above which value an answer is right (success=)."
             )
         successes, trials, where = count_outcomes(reward, group)
-        rate = successes / trials.clamp(min=1)
-        passes = self._passes(successes, trials, step)
-        return Selection(passes[where].float(), rate[where]), state
+        rate = (successes.double() / trials.clamp(min=1).double())[where]
+        # Sums of ones are exact; sums of fractions in float32 are not.
+        whole = torch.isnan(reward) | (reward == 0) | (reward == 1)
+        graded = torch.zeros_like(trials).index_add(0, where, (~whole).float()) > 0
+        slack = torch.where(graded[where], _ROUNDING, 0.0).double()
+        passes = (_spread(reward, group) > 0) & self._within(rate, slack, step)
+        return Selection(passes.float(), rate.float()), state
 
     def possible(self, generations: int) -> list[int]:
         """Return the numbers of successes with which a group of ``generations`` trains.
+
+        Graded outcomes may pass where no whole number of successes can.
 
         Example:
             >>> PassRateBand(0.25, 0.75).possible(8)
             [2, 3, 4, 5, 6]
         """
-        counts = torch.arange(generations + 1)
-        passes = self._passes(counts, torch.full_like(counts, generations), self.anneal)
-        return counts[passes].tolist()
+        counts = torch.arange(1, generations)
+        return counts[self._within(counts.double() / generations, 0.0, self.anneal)].tolist()

@@ -10,7 +10,8 @@ Formula: with ``b = min(mean, min over right answers of r)`` and the group's mea
 deviation, ``A_i = (r_i - b) / (std + 1e-6)`` for right answers and ``(r_i - mean) / (std + 1e-6)``
 for all others. With rewards of 0 and 1 this is GRPO.
 
-Where this differs from the authors' code: right is what the verifiable outcome says; that code
+Where this differs from the authors' code: right is what the verifiable outcome says, 1 and nothing
+less (with graded outcomes, ``success=`` of the callback says from where on); that code
 reads it off the reward, ``r > 0.5``. One version of it (33924fa) measures wrong answers against
 ``b`` too, which pushes them down less. The other two parts of DR. SAF are reward functions.
 

@@ -8,7 +8,7 @@ dataclass of its hyper-parameters with pure functions over a flat state, as a st
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -65,6 +65,9 @@ class PromptSampler(ABC):
     """One way to choose problems: hyper-parameters as fields, and pure functions over a state.
 
     Attributes:
+        needs: What :meth:`observe` reads of the outcomes: ``"successes"``, for which they must lie
+            between 0 and 1, and ``"squares"``, which is then handed to it by name; empty for a
+            method that only counts visits, which takes rewards of any kind.
         floor: Share of the proposals drawn uniformly, whatever the method thinks: beliefs about
             problems that are never looked at cannot be corrected.
         candidates: Problems compared for each one that is proposed, drawn at random; None compares
@@ -74,6 +77,7 @@ class PromptSampler(ABC):
         features: Where :meth:`init` gets its features: ``"policy"``, a column, or None for none.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("successes",)
     floor: float = 0.0
     candidates: int | None = None
     rest: int = 0
@@ -131,7 +135,7 @@ class PromptSampler(ABC):
 
         Args:
             ids: ``(Q,)`` row numbers; one may occur twice.
-            successes: ``(Q,)`` right answers of each group.
+            successes: ``(Q,)`` right answers of each group; graded ones count as fractions.
             trials: ``(Q,)`` scorable completions of each group, at least 1.
             state: The state; not to be changed in place.
         """
@@ -222,33 +226,43 @@ class PromptPool:
         return ids
 
     def observe(
-        self, ids: Tensor, successes: Tensor, trials: Tensor, *, step: int | None = None
+        self,
+        ids: Tensor,
+        successes: Tensor,
+        trials: Tensor,
+        *,
+        squares: Tensor | None = None,
+        step: int | None = None,
     ) -> None:
         """Learn from scored groups; those without a scorable completion are left out.
 
         Args:
             ids: ``(Q,)`` row numbers; -1 for a problem that has none.
-            successes: ``(Q,)`` right answers.
+            successes: ``(Q,)`` right answers; graded ones count as fractions of one.
             trials: ``(Q,)`` scorable completions.
+            squares: ``(Q,)`` sum of the squared outcomes of each group; None where they are 0 and
+                1, whose squares are the outcomes themselves.
             step: Optimizer step, for the readout.
 
         Raises:
             ValueError: Successes that are not between 0 and the trials. Nothing is changed then.
         """
         known = (trials > 0) & (ids >= 0)
+        squares = (successes if squares is None else squares)[known].double()
         ids, successes, trials = ids[known].long(), successes[known], trials[known]
         if not ids.shape[0]:
             return
         bad = ~((successes >= 0) & (successes <= trials))
-        if bool(bad.any()):
+        if bool(bad.any()) and self.sampler.needs:
             raise ValueError(
                 "PromptPool: successes must be between 0 and trials, got "
                 f"{successes[bad][0].item():g} of {trials[bad][0].item():g}. "
                 "Count right answers, not their share."
             )
+        more = {"squares": squares} if "squares" in self.sampler.needs else {}
         with torch.no_grad():
             self._state = self.sampler.observe(
-                ids, successes.double(), trials.double(), self._state
+                ids, successes.double(), trials.double(), self._state, **more
             )
         self._visits.index_add_(0, ids, torch.ones_like(ids))
         if step is not None:

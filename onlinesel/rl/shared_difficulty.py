@@ -10,9 +10,10 @@ Goyal, arXiv:1209.3352) and the Beta belief of MoPPS (arXiv:2507.04632).
 
 Formula: two linear regressions on features ``x`` share one precision matrix: of the measured rate
 ``k / n``, and of the unbiased estimate of its squared error ``(p - x w)^2``, which tells problems
-of rate one half from a mixture of easy and hard ones that share their features. Weights are drawn
-from their posterior (Thompson). Mean ``mu`` and squared error ``v`` give the prior
-``Beta(s mu, s (1 - mu))`` with ``s = mu (1 - mu) / v - 1``, between 0.1 and ``strength``; the
+of rate one half from a mixture of easy and hard ones that share their features. (Graded outcomes
+count as fractions of a success; ``p^2`` is estimated from every pair of different completions.)
+Weights are drawn from their posterior (Thompson). Mean ``mu`` and squared error ``v`` give the
+prior ``Beta(s mu, s (1 - mu))`` with ``s = mu (1 - mu) / v - 1``, between 0.1 and ``strength``; the
 problem's own counts, halved every ``half_life`` times that groups were scored, are added; proposed
 are the problems of smallest ``E[(p - target)^2]``. The regressions forget: each group leaves the
 share ``forgetting`` of what they knew.
@@ -41,6 +42,7 @@ If nothing is known: draws are wide, so the choice is close to uniform.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -142,6 +144,7 @@ class SharedDifficulty(PromptSampler):
         True
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("successes", "squares")
     target: float | None = 0.5
     features: str | None = "policy"
     components: int = 24
@@ -233,8 +236,24 @@ class SharedDifficulty(PromptSampler):
         mean, std = beta_moments(a, b)
         return -(std.square() + (mean - self.target).square())
 
-    def observe(self, ids: Tensor, successes: Tensor, trials: Tensor, state: State) -> State:
-        """Update the regressions and the problems' own counts."""
+    def observe(
+        self,
+        ids: Tensor,
+        successes: Tensor,
+        trials: Tensor,
+        state: State,
+        squares: Tensor | None = None,
+    ) -> State:
+        """Update the regressions and the problems' own counts.
+
+        Args:
+            ids: As :meth:`PromptSampler.observe`, as are all but the last.
+            successes: ``(Q,)``.
+            trials: ``(Q,)``.
+            state: The state.
+            squares: ``(Q,)`` sum of the squared outcomes; None where they are 0 and 1.
+        """
+        squares = successes if squares is None else squares
         x = state["x"][ids].double()
         rate = successes / trials
         keep = self.forgetting ** ids.shape[0]
@@ -246,9 +265,10 @@ class SharedDifficulty(PromptSampler):
         }
         new["moments"][:, 0] += x.T @ (rate - self._center) / _NOISE**2
         guess = x @ self._weights(new, None)[:, 0] + self._center
-        # k (k - 1) / (n (n - 1)) estimates p^2 without bias; a single completion cannot.
+        # The mean product of two different completions estimates p^2 without bias, for outcomes of
+        # 0 and 1 it is k (k - 1) / (n (n - 1)); a single completion cannot.
         pairs = (trials * (trials - 1)).clamp(min=1)
-        square = torch.where(trials > 1, successes * (successes - 1) / pairs, rate)
+        square = torch.where(trials > 1, (successes.square() - squares) / pairs, rate)
         error = square - 2 * guess * rate + guess.square()
         new["moments"][:, 1] += x.T @ (error - _ERROR) / _NOISE**2
         fade = 1.0 if self.half_life is None else 0.5 ** (1 / self.half_life)

@@ -10,7 +10,8 @@ of Reasoning Models?" (arXiv:2507.04632).
 Formula: ``gamma_q ~ Beta(a_q, b_q)``, prior (1, 1); proposed are the smallest ``(gamma_q -
 target)^2``. After a group with ``k`` successes of ``n``: ``a <- discount a + (1 - discount) + k``
 and ``b <- discount b + (1 - discount) + n - k``, so that old outcomes fade as the policy moves.
-They fade when the problem is visited again, not before.
+They fade when the problem is visited again, not before. Graded outcomes in [0, 1] count as
+fractions of a success: ``k`` is their sum, which has the right mean and more variance than they do.
 
 Where this differs from the paper: a share of the proposals, ``floor``, is uniform, so that a
 problem once found hopeless is looked at again.

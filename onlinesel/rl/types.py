@@ -26,7 +26,8 @@ class Rollouts:
     Attributes:
         rewards: ``(Q, G)`` float32, what the trainer optimises (the weighted sum of its reward
             functions); nan where no function scored the completion.
-        outcome: ``(Q, G)`` float32, the verifiable outcome: 1 success, 0 failure, nan unknown.
+        outcome: ``(Q, G)`` float32, the verifiable outcome: 1 success, 0 failure, a fraction for
+            what is partly right, nan unknown.
         lengths: ``(Q, G)`` int64, tokens of each completion that carry loss.
         scores: ``(Q, G)`` float32, mean log-probability of those tokens under the policy that
             sampled them, in nats; None unless asked for (:attr:`Advantages.needs_scores`).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -76,6 +77,8 @@ class UniformPrompts(_Walk):
         [0, 1, 2, 3, 4]
     """
 
+    needs: ClassVar[tuple[str, ...]] = ()
+
     def observe(self, ids: Tensor, successes: Tensor, trials: Tensor, state: State) -> State:
         """Learn nothing."""
         return state
@@ -93,13 +96,17 @@ class GRESO(_Walk):
     Formula: with ``z`` consecutive latest visits without a wrong (easy) or without a right answer
     (hard), skip with probability ``1 - max(p^z, 0.01)``, with a ``p`` of its own for easy and hard.
     Whenever groups were scored, each ``p`` falls by ``change`` if the measured share of such groups
-    is above its target (a third of ``zero_variance`` for easy, two thirds for hard) and rises
-    otherwise, in [0.05, 0.95], from the second epoch on.
+    reaches its target (a third of ``zero_variance`` for easy, two thirds for hard) and rises
+    otherwise, in [0.05, 0.95], from the second epoch on. At the target it falls, as in the paper's
+    code: with 12 groups and the defaults a share is exactly at a target every few batches.
 
     Where this differs from the paper's code: easy means all right (theirs: 98 % right), hard means
-    none right at any group size (theirs: at most 11 %, the same at 8 completions); how many
-    problems a batch asks for is left to :class:`onlinesel.rl.Refill`; and where too few are left
-    after the skips of two epochs, the batch is filled up at random.
+    none right at any group size (theirs: at most 11 %, the same at 8 completions); probabilities
+    move after each generation call (theirs: once for all calls of an update); how many problems a
+    batch asks for is left to :class:`onlinesel.rl.Refill`; and where too few are left after the
+    skips of two epochs, the batch is filled up at random.
+
+    Graded outcomes: a group is easy if every answer is fully right, hard if none is right at all.
 
     Cost: O(N) a proposal, 16 bytes a problem.
 
@@ -156,8 +163,9 @@ class GRESO(_Walk):
         p = state["p"].clone()
         if int(state["epoch"]) > 1:
             for i, (kind, share) in enumerate(((easy, 1 / 3), (hard, 2 / 3))):
-                above = kind.float().mean() > share * self.zero_variance
-                p[i] = (p[i] + (-self.change if above else self.change)).clamp(0.05, 0.95)
+                # A share that is the target on paper must not miss it by rounding.
+                reached = kind.double().mean() >= share * self.zero_variance - 1e-12
+                p[i] = (p[i] + (-self.change if reached else self.change)).clamp(0.05, 0.95)
         return {**state, "streak": streak, "p": p}
 
     def metrics(self, state: State) -> dict[str, float]:

@@ -7,7 +7,7 @@ generator, so that runs with other batches or other numbers of processes can be 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,23 @@ def outcome(completions: list[str], rights: list[float], **_: Any) -> list[float
         None if right != right else float(number < right)
         for number, right in zip(numbers, rights, strict=True)
     ]
+
+
+def math_ok(prompts: list[str], **kwargs: Any) -> list[float | None]:
+    """Score the problems of one task, those of two words."""
+    scored = zip(prompts, outcome(**kwargs), strict=True)
+    return [value if len(prompt.split()) == 2 else None for prompt, value in scored]
+
+
+def code_ok(prompts: list[str], **kwargs: Any) -> list[float | None]:
+    """Score the problems of the other task."""
+    scored = zip(prompts, outcome(**kwargs), strict=True)
+    return [None if len(prompt.split()) == 2 else value for prompt, value in scored]
+
+
+def first_of_tasks(rewards: dict[str, float | None], row: Mapping[str, Any]) -> float | None:
+    """A rule: the outcome of the task that the row belongs to."""
+    return rewards["math_ok" if len(row["prompt"].split()) == 2 else "code_ok"]
 
 
 def length_bonus(completions: list[str], **_: Any) -> list[float]:

@@ -38,6 +38,7 @@ from tests.callbacks.grpo_hosts import (
     outcome,
     rows,
     spy,
+    word_parity,
 )
 from tests.callbacks.hosts import make_model, make_trainer
 
@@ -76,7 +77,11 @@ def test_an_old_trl_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("setting", "parts", "message"),
     [
-        ({}, {"gate": PassRateBand(0.3, 0.45)}, "gate must be one that some number of right answe"),
+        (
+            {},
+            {"gate": PassRateBand(0.3, 0.45), "success": 0.5},
+            "gate must be one that some number of right answers out of 4 can pass",
+        ),
         ({}, {"gate": PassRateBand(0.5, 0.5, inclusive=False)}, "Widen the band, or raise num_gen"),
         ({}, {"gate": TopLoss()}, "gate must be a strategy on reward and group, got one that ne"),
         ({}, {"refill": Refill()}, "refill must be used with a gate, got no gate"),
@@ -90,6 +95,27 @@ def test_an_old_trl_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             {"rewards": [outcome, length_bonus]},
             {"gate": ZeroVariance(), "outcome": "correct"},
             "outcome must be one of outcome, length_bonus, got 'correct'",
+        ),
+        (
+            {"rewards": [outcome, length_bonus, outcome]},
+            {"gate": ZeroVariance(), "outcome": "outcome"},
+            "outcome must be one of outcome#1, length_bonus, outcome#2, got 'outcome'. Functions "
+            "of one name are counted in their order; or pass the function itself.",
+        ),
+        (
+            {"rewards": [outcome, length_bonus]},
+            {"gate": ZeroVariance(), "outcome": ()},
+            "outcome must be one or several of outcome, length_bonus, got none",
+        ),
+        (
+            {"rewards": [outcome, length_bonus]},
+            {"gate": ZeroVariance(), "outcome": ["outcome", print]},
+            "outcome must be among the trainer's reward functions, got print. Name it instead: out",
+        ),
+        (
+            {"rewards": [outcome, length_bonus]},
+            {"gate": ZeroVariance(), "outcome": word_parity},
+            r"outcome must be a function that can be called with \(rewards by name, row\), got",
         ),
         (
             {"rights": (2, 2)},
@@ -129,6 +155,7 @@ def test_settings_that_do_not_fit_are_refused(
         ({"tokens": ZeroVariance()}, "tokens must be of type TokenWeights"),
         ({"advantages": HAPO()}, "advantages must be of type Advantages"),
         ({"temperature": 0.9}, "temperature must be of type AdaptiveTemperature"),
+        ({"outcome": 3}, "outcome must be a name, several, or a function of .* got 3. Name the re"),
     ],
 )
 def test_parts_of_another_kind_are_refused(
@@ -267,10 +294,15 @@ def test_the_import_says_what_is_missing() -> None:
 
 def test_a_shaped_outcome_is_refused_when_it_shows(tmp_path: Path) -> None:
     """A single reward function may still return a shaped sum; that shows in its values."""
+
+
+    def bonus(completions: list[str], **_: Any) -> list[float]:
+        return [1.0 + 0.1 * len(text.split()) for text in completions]
+
     for parts in ({"gate": PassRateBand()}, {"prompts": Thompson()}):
-        trainer = make_grpo_trainer(tmp_path, max_steps=1, rewards=length_bonus)
+        trainer = make_grpo_trainer(tmp_path, max_steps=1, rewards=bonus)
         attach(trainer, **parts)
-        with pytest.raises(ValueError, match=r"(reward|outcome) must be .*0 or 1.*got 0\.\d"):
+        with pytest.raises(ValueError, match=r"(reward|outcome) must be .*0 and 1.*got 1\.\d"):
             trainer.train()
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from onlinesel import Chain, Selection, Signals, Strategy
+from onlinesel.callbacks import _grpo_prompts
 from onlinesel.rl import (
     PassRateBand,
     Refill,
@@ -83,6 +84,7 @@ def assert_same_step(a: Any, b: Any) -> None:
     assert int(a[2]["num_items_in_batch"]) == int(b[2]["num_items_in_batch"])
 
 
+@pytest.mark.filterwarnings("ignore:RolloutSelection. the outcome")  # one problem has none
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_refilled_batch_is_a_run_on_the_kept_problems(tmp_path: Path, name: str) -> None:
     """The prompts of the mixed problems are those of the reference run's own."""
@@ -374,10 +376,12 @@ def test_a_lora_policy_is_gated_and_weighed(tmp_path: Path) -> None:
     assert (moved[0] - moved[1]).norm() / moved[1].norm() < 1e-5
 
 
-def test_embedding_the_prompts_is_part_of_the_cost(tmp_path: Path) -> None:
+def test_embedding_the_prompts_is_part_of_the_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = make_grpo_trainer(tmp_path, (2,) * 20, max_steps=1)
     callback = attach(trainer, prompts=SharedDifficulty())
-    embed, spent = callback._pool, []
+    embed, spent = _grpo_prompts.embed_prompts, []
 
     def timed(*args: Any) -> Any:
         began = time.perf_counter()
@@ -386,6 +390,6 @@ def test_embedding_the_prompts_is_part_of_the_cost(tmp_path: Path) -> None:
         spent.append(time.perf_counter() - began)
         return made
 
-    callback._pool = timed  # type: ignore[method-assign]
+    monkeypatch.setattr(_grpo_prompts, "embed_prompts", timed)
     trainer.train()
     assert callback.meter.seconds > spent[0] >= 0.3

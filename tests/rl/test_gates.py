@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from fractions import Fraction
 from math import comb
 from typing import Any
 
@@ -167,12 +168,44 @@ def test_graded_rewards_pass_by_their_spread_alone() -> None:
     assert select(ZeroVariance(), [0.4, 0.5, 0.6]).weights.tolist() == [1.0] * 3
 
 
-@pytest.mark.parametrize("value", [0.5, -1.0, 2.0, INF])
+@given(
+    groups=st.lists(
+        st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.3, 0.5, 1.0, NAN]), min_size=1, max_size=6),
+        min_size=1,
+        max_size=4,
+    ),
+    low=st.sampled_from([0.0, 0.1, 0.25, 0.3, 0.5]),
+    high=st.sampled_from([0.5, 0.75, 1.0]),
+    inclusive=st.booleans(),
+)
+def test_graded_outcomes_count_as_fractions_of_a_success(
+    groups: list[list[float]], low: float, high: float, inclusive: bool
+) -> None:
+    """Against the exact mean of the decimal fractions that were written down."""
+    wanted: list[float] = []
+    for group in groups:
+        known = [Fraction(str(value)) for value in group if value == value]
+        mean = sum(known, Fraction(0)) / max(len(known), 1)
+        bounds = Fraction(str(low)), Fraction(str(high))
+        inside = bounds[0] <= mean <= bounds[1] if inclusive else bounds[0] < mean < bounds[1]
+        wanted += [float(inside and len(set(known)) > 1)] * len(group)
+    gate = PassRateBand(low, high, inclusive=inclusive)
+    assert select(gate, *groups).weights.tolist() == wanted
+
+
+def test_equal_graded_outcomes_do_not_pass_by_their_mean() -> None:
+    gate = PassRateBand(0.25, 0.75)
+    assert select(gate, [0.5] * 4, [0.4, 0.6] * 2).weights.tolist() == [0.0] * 4 + [1.0] * 4
+    # The same mean on the bound, summed up in another order, passes or not for all alike.
+    assert select(gate, [0.15, 0.35] * 8, [0.35, 0.15] * 8).weights.tolist() == [1.0] * 32
+
+
+@pytest.mark.parametrize("value", [1.5, -1.0, 2.0, INF])
 def test_a_band_refuses_shaped_rewards(value: float) -> None:
     message = (
-        rf"^PassRateBand: reward must be an outcome of 0 or 1, got {value:g}\. Name the reward "
-        r"function that says right or wrong \(outcome=\), or say above which value an answer is "
-        r"right \(success=\)\.$"
+        rf"^PassRateBand: reward must be an outcome between 0 and 1, got {value:g}\. Name the "
+        r"reward function that says right or wrong \(outcome=\), or say above which value an "
+        r"answer is right \(success=\)\.$"
     )
     with pytest.raises(ValueError, match=message):
         select(PassRateBand(), [1.0, 0.0], [NAN, value])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -145,6 +145,43 @@ def test_the_squared_error_has_no_bias_by_chance() -> None:
     state = sampler.observe(ids, single, torch.ones(2 * size).double(), state)
     error = (state["moments"] / state["precision"])[0, 1].item() + 0.05
     assert error == pytest.approx(0.25, rel=1e-4)
+
+
+@given(
+    groups=st.lists(
+        st.lists(st.floats(0, 1, width=32), min_size=1, max_size=5), min_size=1, max_size=4
+    )
+)
+@settings(max_examples=30)
+def test_graded_outcomes_against_every_pair_of_completions(groups: list[list[float]]) -> None:
+    """The second regression sees the mean product of two different completions less the guess."""
+    sampler, features = SharedDifficulty(candidates=None, components=1), randn(6, 1)
+    ids = torch.arange(len(groups))
+    outcomes = [torch.tensor(group, dtype=torch.float64) for group in groups]
+    sums, squares = (torch.stack([(g**p).sum() for g in outcomes]) for p in (1, 2))
+    sizes = torch.tensor([float(len(g)) for g in outcomes], dtype=torch.float64)
+    before = state_of(sampler, features)
+    after = sampler.observe(ids, sums, sizes, before, squares=squares)
+    x = before["x"][ids].double()
+    guess = x @ sampler._weights(after, None)[:, 0] + 0.5
+    wanted = torch.zeros(2, dtype=torch.float64)
+    for i, group in enumerate(groups):
+        pairs = [a * b for j, a in enumerate(group) for k, b in enumerate(group) if j != k]
+        square = sum(pairs) / len(pairs) if pairs else group[0]
+        error = square - 2 * guess[i] * (sum(group) / len(group)) + guess[i] ** 2
+        wanted += x[i] * (error - 0.05) / 0.15**2
+    torch.testing.assert_close(after["moments"][:, 1], wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(after["successes"][ids], sums)
+    torch.testing.assert_close(after["failures"][ids], sizes - sums)
+
+
+def test_squares_of_right_and_wrong_are_the_outcomes_themselves() -> None:
+    first, second = (PromptPool(EVERY, 5, trials=8, features=randn(5, 2)) for _ in range(2))
+    ids, right = torch.tensor([0, 3, 4]), torch.tensor([0, 3, 8])
+    first.observe(ids, right, torch.full((3,), 8))
+    second.observe(ids, right, torch.full((3,), 8), squares=right)
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
 
 
 def test_own_outcomes_override_a_wrong_prediction() -> None:

@@ -53,6 +53,18 @@ def test_draws_are_the_generators_alone() -> None:
 
 
 @BOTH
+def test_graded_outcomes_are_fractions_of_a_success(method: Any) -> None:
+    pool = PromptPool(method(discount=0.5), 2, trials=4)
+    for _ in range(2):
+        pool.observe(torch.tensor([1]), torch.tensor([0.25 + 0.5 + 1 + 0]), torch.tensor([4]))
+    # 1 + 1.75, then half of it, a half, and 1.75 again; failures 2.25 likewise.
+    row = pool.table()[1]
+    a, b = 0.5 * 2.75 + 0.5 + 1.75, 0.5 * 3.25 + 0.5 + 2.25
+    assert row["rate"] == pytest.approx(a / (a + b))
+    assert row["std"] == pytest.approx((a * b / ((a + b) ** 2 * (a + b + 1))) ** 0.5)
+
+
+@BOTH
 def test_the_posterior_by_hand(method: Any) -> None:
     sampler = method(discount=0.5)
     state = sampler.init(3)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -169,14 +170,40 @@ def observed(epoch: int, easy: int, hard: int, mixed: int, **settings: float) ->
 
 
 def test_probabilities_move_towards_their_targets() -> None:
-    # Targets: 1/12 easy, 2/12 hard. Above it, fewer are kept; else more are.
-    assert observed(2, easy=2, hard=2, mixed=8) == pytest.approx([0.49, 0.51])
-    assert observed(2, easy=1, hard=3, mixed=8) == pytest.approx([0.51, 0.49])
+    # Targets: 1/12 easy, 2/12 hard. From there on, fewer are kept; below it more are.
+    assert observed(2, easy=2, hard=1, mixed=9) == pytest.approx([0.49, 0.51])
+    assert observed(2, easy=0, hard=3, mixed=9) == pytest.approx([0.51, 0.49])
+    assert observed(2, easy=1, hard=2, mixed=9) == pytest.approx([0.49, 0.49])
     assert observed(2, easy=0, hard=0, mixed=12) == pytest.approx([0.51, 0.51])
     assert observed(5, easy=6, hard=6, mixed=0) == pytest.approx([0.49, 0.49])
     settings = {"zero_variance": 0.9, "change": 0.2}  # targets 0.3 and 0.6
-    assert observed(2, easy=3, hard=5, mixed=2, **settings) == pytest.approx([0.7, 0.7])
-    assert observed(2, easy=4, hard=6, mixed=0, **settings) == pytest.approx([0.3, 0.7])
+    assert observed(2, easy=2, hard=5, mixed=3, **settings) == pytest.approx([0.7, 0.7])
+    assert observed(2, easy=4, hard=5, mixed=1, **settings) == pytest.approx([0.3, 0.7])
+    assert observed(2, easy=3, hard=6, mixed=1, **settings) == pytest.approx([0.3, 0.3])
+
+
+@pytest.mark.parametrize("zero_variance", [0.25, 0.3, 0.5, 0.6, 0.9])
+@pytest.mark.parametrize("groups", [4, 6, 12, 20, 30])
+def test_a_share_that_is_the_target_on_paper_lowers_the_probability(
+    zero_variance: float, groups: int
+) -> None:
+    """As the paper's code has it, and whatever the divisions round to."""
+    for i, part in enumerate((Fraction(1, 3), Fraction(2, 3))):
+        target = part * Fraction(str(zero_variance))
+        for count in range(groups + 1):
+            easy, hard = (count, 0) if i == 0 else (0, count)
+            found = observed(2, easy, hard, groups - count, zero_variance=zero_variance)[i]
+            wanted = 0.49 if Fraction(count, groups) >= target else 0.51
+            assert found == pytest.approx(wanted)
+
+
+def test_uniform_prompts_count_nothing_and_take_any_reward() -> None:
+    pool = PromptPool(UniformPrompts(), 3, trials=4)
+    pool.observe(torch.tensor([0, 2]), torch.tensor([-2.5, 7.0]), torch.tensor([4, 4]), step=3)
+    table = pool.table()
+    assert [row["visits"] for row in table] == [1, 0, 1] and table[2]["last"] == 3
+    with pytest.raises(ValueError, match="PromptPool: successes must be between 0 and trials"):
+        PromptPool(GRESO(), 3, trials=4).observe(*(torch.tensor([v]) for v in (0, -2.5, 4)))
 
 
 def test_probabilities_stay_within_bounds_and_move_from_the_second_epoch() -> None:
