@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-from onlinesel.batch import rows_in, token_width
+from onlinesel.batch import rows_in
 from onlinesel.callbacks import _attach
 from onlinesel.callbacks._replay import HELD, SCORER, Audit, HeldRows, check_limit, refuse
 from onlinesel.distributed import rank
+from onlinesel.padding import token_width
 from onlinesel.step import StepPlan
 from onlinesel.types import Scorer
 

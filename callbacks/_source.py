@@ -17,6 +17,7 @@ from onlinesel.batch import count_labels, is_causal
 from onlinesel.callbacks._meter import StepMeter
 from onlinesel.callbacks._replay import HELD, SCORER, HeldRows, Replay, check_limit
 from onlinesel.callbacks._replay import refuse as refuse_reuse
+from onlinesel.columns import map_tensors
 from onlinesel.distributed import gather_signals, rank, world_size
 from onlinesel.loader import CandidateLoader, Candidates
 from onlinesel.report.runlog import RunLog
@@ -245,6 +246,8 @@ class StepSource:
             if self._reuse is not None:
                 around = self._reuse.scoring(batch)
                 batch = self._reuse.without_marks(batch)
+            inputs = self._rebuild(batch)
+            batch = inputs if isinstance(inputs, dict) else batch
             return self._call(
                 lambda model: scorer(model, batch, core=self._core, needs=needs, around=around),
                 self._model,
@@ -291,10 +294,10 @@ class StepSource:
             )  # fmt: skip
 
     def _moved(self, columns: dict[str, Any]) -> dict[str, Any]:
-        return {
-            k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v
-            for k, v in columns.items()
-        }
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(self.device, non_blocking=True)
+
+        return {name: map_tensors(moved, value) for name, value in columns.items()}
 
     def micro_batches(self, plan: StepPlan, factor: float) -> list[MicroBatch]:
         """Return what a step trains, in the user's structure.

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from onlinesel.agreement import check_candidates
 from onlinesel.callbacks import _attach
 from onlinesel.callbacks._fused import FusedHeadScorer
+from onlinesel.callbacks._hf_batches import RowBatches
 from onlinesel.callbacks._hf_data import TrainingData
 from onlinesel.callbacks._hf_state import resume_run, save_run
 from onlinesel.callbacks._loss import (
@@ -42,7 +43,7 @@ from onlinesel.callbacks._observed import TrainedLosses
 from onlinesel.callbacks._replay import HELD, Replay
 from onlinesel.mixing import Mixture
 from onlinesel.report.runlog import RunLog
-from onlinesel.rows import GROUP, ROW_ID, content_ids
+from onlinesel.rows import ROW_ID
 from onlinesel.scoring import CausalLMScorer, evaluating
 from onlinesel.selector import Selector
 from onlinesel.step import StepPlanner
@@ -183,7 +184,7 @@ class OnlineSelection(TrainerCallback):
             **strategy.scorer_options,
         )
         self._meter = StepMeter(record, self._facts() | {"name": type(strategy).__name__})
-        self._trained = TrainedLosses()
+        self._trained, self._rows = TrainedLosses(), RowBatches()
         check_candidates("OnlineSelection", strategy, candidates)
         methods = {name: getattr(self, f"_on_{name}") for name in _WRAPPED}
         self._call = {name: getattr(trainer, name) for name in _WRAPPED}
@@ -237,14 +238,13 @@ class OnlineSelection(TrainerCallback):
         if not batches:
             return batches, items
         batches = [dict(self.trainer._prepare_inputs(batch)) for batch in batches]
-        ids = [b.pop(ROW_ID) if ROW_ID in b else content_ids(b) for b in batches]
-        groups = [batch.pop(GROUP) for batch in batches if GROUP in batch] or None
+        columns, ids, groups = self._rows.take_apart(batches)
         step = self.trainer.state.global_step
-        decide = partial(self._plan(device).plan, batches, ids, step, groups)
+        decide = partial(self._plan(device).plan, columns, ids, step, groups)
         if self._reuse is None:
             plan = decide()
         else:
-            plan, numbers = self._reuse.decide(batches, decide)
+            plan, numbers = self._reuse.decide(columns, decide)
             self._meter.note(**numbers)
         self._meter.decided(plan)
         self._trained.begin(plan.ids, plan.batches)
@@ -253,6 +253,7 @@ class OnlineSelection(TrainerCallback):
                 batch.pop("reference_loss", None)
             return batches, items
         self._meter.undefined |= plan.undefined
+        self._rows.put_together(plan.batches)
         return plan.batches, put_weights(plan, self.trainer.args, always=self._observing)
 
     def _plan(self, device: torch.device) -> StepPlanner:
@@ -274,6 +275,7 @@ class OnlineSelection(TrainerCallback):
         if self._reuse is not None:
             held = self._reuse.scoring(batch)
             batch = self._reuse.without_marks(batch)
+        batch = self._rows.rebuild(batch)
         with trainer.compute_loss_context_manager():
             if isinstance(self._scorer, CausalLMScorer):
                 return self._scorer(
@@ -365,7 +367,7 @@ class OnlineSelection(TrainerCallback):
         # Ranks that decide alone must not draw the same numbers for different rows.
         seed = self.seed + 1_000_003 * (self._rank or 0)
         self.selector = Selector(self.selector.strategy, seed=seed)
-        self._planner, self._trained = None, TrainedLosses()
+        self._planner, self._trained, self._rows = None, TrainedLosses(), RowBatches()
         if self._reuse is not None:
             self._reuse.start(self.trainer.model)
         if isinstance(self._reference, nn.Module):

@@ -148,6 +148,7 @@ class OnlineSelection(Callback):
         self._score, self._order, self._accumulate = score, order, accumulate
         self.step = 0
         self._trainer: Any = None
+        self._layout: dict[str, bool] = {}
         self._stream: data.Stream | None = None
         self._before: list[tuple[Any, dict[str, Any]]] = []
         self._replay = Replay(None)
@@ -293,7 +294,8 @@ class OnlineSelection(Callback):
     def _moved(self, part: Candidates, prepare: Any, move: Any) -> Candidates:
         """Do with one micro-batch of candidates what the trainer does with a batch."""
         batch = self._trainer.precision_plugin.convert_input(part.rebuild(part.columns))
-        columns = as_columns(move(prepare(batch, 0), dataloader_idx=0))
+        size = part.ids.shape[0]
+        columns = as_columns(move(prepare(batch, 0), dataloader_idx=0), size, self._layout)
         return replace(part, columns=columns.values, rebuild=columns.rebuild)
 
     # The step -------------------------------------------------------------------------------

@@ -70,9 +70,10 @@ class Steps:
 
     Args:
         loader: A torch ``DataLoader`` of ``batch_size`` rows that train in a micro-batch, or any
-            iterable of batches: dicts, tuples, dataclasses of tensors. Of a ``DataLoader`` with
-            torch's own sampler the order is taken over and dealt to the ranks: leave the sampler
-            out. Any other loader must give each rank rows of its own.
+            iterable of batches: dicts, tuples, dataclasses of tensors, arrays and lists with one
+            entry a row. Of a ``DataLoader`` with torch's own sampler the order is taken over and
+            dealt to the ranks: leave the sampler out. Any other loader must give each rank rows of
+            its own.
         model: As the loop calls it: plain, DDP, FSDP, accelerate-prepared, a DeepSpeed engine.
         strategy: The method, or a :class:`onlinesel.Selector` that holds it.
         candidates: Rows loaded and scored for each row that trains.

@@ -1,8 +1,7 @@
-"""How a loader is read without being changed: stand-ins, generators, and what rows must be."""
+"""How a loader is read without being changed: stand-ins and generators."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,14 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from onlinesel.batch import rows_in
 from onlinesel.rows import FILLER_ID
 
 __all__ = [
     "Cells",
     "Numbered",
     "Paired",
-    "check_rows",
     "generators_of",
     "standing_in",
     "tell_epoch",
@@ -105,20 +102,3 @@ def generators_of(loader: Any) -> list[torch.Generator]:
         if isinstance(generator, torch.Generator) and all(generator is not g for g in found):
             found.append(generator)
     return found
-
-
-def check_rows(columns: dict[str, Any]) -> None:
-    """Refuse lists of one value a row, which would not follow their rows.
-
-    Any other value that is no tensor belongs to the whole batch.
-    """
-    rows = rows_in(columns, "CandidateLoader")
-    parts = Counter(k.rpartition(".")[0] for k, v in columns.items() if not isinstance(v, Tensor))
-    names = [name for name, size in parts.items() if size == rows and name]
-    others = ((k, v) for k, v in columns.items() if not isinstance(v, Tensor))
-    arrays = (k for k, v in others if hasattr(v, "__array__") and getattr(v, "ndim", False))
-    for name in (*names, *arrays):
-        raise ValueError(
-            f"CandidateLoader: batch must hold its rows in tensors, got {rows} other values at "
-            f"{name!r}. Make them a tensor in the collator, or leave them out of the batch."
-        )

@@ -1,64 +1,104 @@
-"""Rows of batches: take some, join them across micro-batches, trim padding, deal them out.
+"""Rows of batches: take some, join them across micro-batches, count labels, deal them out.
 
-A batch is a mapping of names to tensors, as collators make it. Rows are moved as they are, with
-every tensor that belongs to them; a batch whose rows cannot be told apart is refused.
+A batch is a flat mapping of names to columns, as collators make it; one that is nested is taken
+apart by :func:`onlinesel.columns.as_columns`. Everything with one entry a row follows its row:
+tensors of any rank, arrays, lists and tuples. A batch whose rows cannot be told apart is refused.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from enum import Enum
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+
+from onlinesel.padding import (
+    IGNORED_LABEL,
+    TokenAxes,
+    are_labels,
+    cut,
+    filled,
+    fills,
+    is_array,
+    left_padded,
+    refuse_sizes,
+    token_axes,
+)
 
 __all__ = [
     "IGNORED_LABEL",
+    "SINGLE",
     "count_labels",
     "deal",
     "gather_rows",
+    "has_rows",
     "is_causal",
+    "join_columns",
     "label_width",
-    "left_padded",
     "mute_rows",
     "rows_in",
+    "same_value",
     "take_rows",
-    "token_width",
     "trim",
-    "widen",
 ]
-
-IGNORED_LABEL = -100
-"""The label of tokens that carry no loss, as in transformers."""
 
 Batch = Mapping[str, Any]
 
+SINGLE = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
+"""What belongs to a batch as a whole, and can be compared."""
+
+
+def has_rows(value: Any) -> bool:
+    """Return whether a column has one entry a row: a tensor or array, a list or a tuple."""
+    if isinstance(value, Tensor):
+        return value.dim() > 0
+    return isinstance(value, list | tuple) or is_array(value)
+
 
 def rows_in(batch: Batch, owner: str = "batch") -> int:
-    """Return the number of rows of a batch, having checked that every tensor has that many.
+    """Return the number of rows of a batch, having checked that every column has that many.
 
     Args:
-        batch: Tensors whose first dimension is the row; other values are left alone.
+        batch: Columns with one entry a row, one of them a tensor or array at least; single values
+            and other objects that have no length belong to the batch as a whole.
         owner: Name used in the error.
 
     Raises:
-        ValueError: No tensor, or tensors that disagree, as in padding-free batches.
+        ValueError: No tensor, columns that disagree, as in padding-free batches, or a container
+            of which nobody knows what its entries are.
 
     Example:
         >>> import torch
         >>> from onlinesel.batch import rows_in
-        >>> rows_in({"input_ids": torch.zeros(3, 5), "labels": torch.zeros(3, 5)})
+        >>> rows_in({"input_ids": torch.zeros(3, 5), "texts": ["a", "b", "c"]})
         3
     """
-    sizes = {k: v.shape[0] for k, v in batch.items() if isinstance(v, Tensor) and v.dim()}
-    if not sizes or len(set(sizes.values())) != 1:
+    sizes = {k: len(v) for k, v in batch.items() if has_rows(v)}
+    tensors = [k for k in sizes if not isinstance(batch[k], list | tuple)]
+    if not tensors or len(set(sizes.values())) != 1:
         raise ValueError(
-            f"{owner}: tensors must all have one entry per row in their first dimension, got "
+            f"{owner}: columns must all have one entry per row in their first dimension, got "
             f"{sizes or sorted(batch)}. Collate rows side by side: packed, padding-free and "
             "flattened image batches cannot be selected by row."
         )
-    return next(iter(sizes.values()))
+    for name, value in batch.items():
+        strided = not isinstance(value, Tensor) or (
+            value.layout is torch.strided and not value.is_nested
+        )
+        single = isinstance(value, (Tensor, *SINGLE)) or getattr(value, "ndim", None) == 0
+        if strided and (name in sizes or single):
+            continue
+        if not strided or hasattr(value, "__len__") or hasattr(value, "__iter__"):
+            raise ValueError(
+                f"{owner}: {name!r} must be a tensor, an array or a list with one entry per row, "
+                f"or a single value, got {type(value).__name__}. Convert it in the collator, or "
+                "leave it out of the batch."
+            )
+    return sizes[tensors[0]]
 
 
 def take_rows(batch: Batch, rows: Tensor | Sequence[int]) -> dict[str, Any]:
@@ -67,35 +107,36 @@ def take_rows(batch: Batch, rows: Tensor | Sequence[int]) -> dict[str, Any]:
     Example:
         >>> import torch
         >>> from onlinesel.batch import take_rows
-        >>> take_rows({"labels": torch.tensor([[1], [2], [3]])}, [2, 0])["labels"].tolist()
-        [[3], [1]]
+        >>> batch = {"labels": torch.tensor([[1], [2], [3]]), "texts": ["a", "b", "c"]}
+        >>> taken = take_rows(batch, [2, 0])
+        >>> taken["labels"].tolist(), taken["texts"]
+        ([[3], [1]], ['c', 'a'])
     """
     rows_in(batch)
     index = torch.as_tensor(rows, dtype=torch.int64)
-    return {
-        k: v[index.to(v.device)] if isinstance(v, Tensor) and v.dim() else v
-        for k, v in batch.items()
-    }
+    numbers = index.tolist()
+
+    def taken(value: Any) -> Any:
+        if not has_rows(value):
+            return value
+        if isinstance(value, Tensor):
+            return value.index_select(0, index.to(value.device))
+        if isinstance(value, list | tuple):
+            return _sequence(value, (value[row] for row in numbers))
+        return value[numbers]
+
+    return {name: taken(value) for name, value in batch.items()}
 
 
-def token_width(batch: Batch) -> int | None:
-    """Return the padded length ``T`` of a batch, None if it has no token dimension."""
-    for name in ("input_ids", "labels", "attention_mask"):
-        if name in batch and batch[name].dim() >= 2:
-            return batch[name].shape[1]
-    return None
-
-
-def left_padded(batch: Batch) -> bool:
-    """Return whether any row of the batch is padded on the left."""
-    mask = batch.get("attention_mask")
-    return mask is not None and mask.dim() == 2 and bool((mask[:, :1] == 0).any())
+def _sequence(like: Any, entries: Any) -> Any:
+    return list(entries) if isinstance(like, list) else tuple(entries)
 
 
 def trim(batch: Batch) -> dict[str, Any]:
     """Cut the columns, at either end, that are padding in every row of the batch.
 
-    Needs a 2-D ``attention_mask``; without one nothing is cut. At least one column stays.
+    Needs a 2-D ``attention_mask``; without one nothing is cut, nor if another column may or may
+    not belong to the tokens. At least one column stays.
 
     Example:
         >>> import torch
@@ -104,33 +145,7 @@ def trim(batch: Batch) -> dict[str, Any]:
         >>> trim({"input_ids": row, "attention_mask": mask})["input_ids"].tolist()
         [[5, 6]]
     """
-    mask, width = batch.get("attention_mask"), token_width(batch)
-    if mask is None or mask.dim() != 2:
-        return dict(batch)
-    used = mask.ne(0).any(dim=0).nonzero().flatten()
-    if not used.numel() or (int(used[0]) == 0 and int(used[-1]) == mask.shape[1] - 1):
-        return dict(batch)
-    window = slice(int(used[0]), int(used[-1]) + 1)
-    return {
-        k: v[:, window] if isinstance(v, Tensor) and v.dim() >= 2 and v.shape[1] == width else v
-        for k, v in batch.items()
-    }
-
-
-def widen(batch: Batch, width: int, *, pad_id: int = 0, left: bool = False) -> dict[str, Any]:
-    """Pad the token dimension of a batch to ``width``: labels with -100, masks with 0."""
-    old = token_width(batch)
-    if old is None or old == width:
-        return dict(batch)
-    fill = {"labels": IGNORED_LABEL, "shift_labels": IGNORED_LABEL, "input_ids": pad_id}
-    result = {}
-    for name, value in batch.items():
-        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == old:
-            extra = (width - old, 0) if left else (0, width - old)
-            trailing = (0, 0) * (value.dim() - 2)
-            value = pad(value, (*trailing, *extra), value=fill.get(name, 0))
-        result[name] = value
-    return result
+    return cut(batch, token_axes([batch]))
 
 
 def gather_rows(
@@ -139,13 +154,19 @@ def gather_rows(
     """Build one batch from rows of several batches, padded to their common width.
 
     Args:
-        batches: Batches with the same keys; widths may differ.
+        batches: Batches with the same columns; widths may differ.
         rows: ``(batch, row)`` pairs, in the order of the new batch; at least one.
         pad_id: Token that fills ``input_ids``.
 
     Returns:
-        The new batch. Padding goes on the side on which the batches already have it, and columns
-        that are padding in every row are cut.
+        The new batch, its tensors contiguous. Padding goes on the side on which the batches already
+        have it, and columns that are padding in every row are cut. What has a token dimension is
+        known by its name, or by its size if that follows the width of the tokens through all of
+        ``batches``; it is padded with what its own padding holds, or with 0 if it has none.
+
+    Raises:
+        ValueError: Columns or single values that differ between the batches, or sizes that neither
+            agree nor follow the width of the tokens.
 
     Example:
         >>> import torch
@@ -160,18 +181,95 @@ def gather_rows(
         if not runs or runs[-1][0] != source:
             runs.append((source, []))
         runs[-1][1].append(row)
-    left = any(left_padded(batch) for batch in batches)
-    pieces = [trim(take_rows(batches[source], picked)) for source, picked in runs]
-    if len(pieces) == 1:
-        return pieces[0]
-    width = max(token_width(piece) or 0 for piece in pieces)
-    pieces = [widen(piece, width, pad_id=pad_id, left=left) for piece in pieces]
-    return {
-        name: torch.cat([piece[name] for piece in pieces])
-        if isinstance(value, Tensor) and value.dim()
-        else value
-        for name, value in pieces[0].items()
-    }
+    _check_columns(batches)
+    axes = token_axes(batches)
+    pieces = [cut(take_rows(batches[source], picked), axes) for source, picked in runs]
+    joined = pieces[0] if len(pieces) == 1 else _joined(pieces, axes, batches, pad_id)
+    return {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in joined.items()}
+
+
+def _check_columns(batches: Sequence[Batch]) -> None:
+    """Refuse batches that have other columns than the first."""
+    kinds = [{name: _kind(value) for name, value in batch.items()} for batch in batches]
+    for other in kinds[1:]:
+        if other != kinds[0]:
+            different = {n for n, _ in kinds[0].items() ^ other.items()}
+            raise ValueError(
+                "gather_rows: batches must have the same columns where their rows are joined, got "
+                f"others in {', '.join(sorted(different))}. Let the collator give every batch the "
+                "same."
+            )
+
+
+def _kind(value: Any) -> str:
+    """Return what a column is, as far as columns below each other must be the same."""
+    if isinstance(value, Tensor):
+        return f"tensor of {value.dim()} dimensions"
+    return "array" if is_array(value) else "rows" if has_rows(value) else "value"
+
+
+def _joined(
+    pieces: Sequence[Batch], axes: TokenAxes, batches: Sequence[Batch], pad_id: int
+) -> dict[str, Any]:
+    widths = [axes.widths(piece) for piece in pieces]
+    widest = {prefix: max(w[prefix] for w in widths) for prefix in axes.anchors}
+    narrow = any(w != widest for w in widths)
+    found = fills(batches, axes, pad_id) if narrow else {}
+    left = {p: any(left_padded(batch, p) for batch in batches) for p in axes.anchors if narrow}
+    result: dict[str, Any] = {}
+    for name in pieces[0]:
+        values = [piece[name] for piece in pieces]
+        if narrow and name in axes.columns:
+            prefix, dims = axes.columns[name]
+            values = [
+                filled(v, dims, widest[prefix], fill=found[name], left=left[prefix])
+                for v in values
+            ]  # fmt: skip
+        result[name] = join_columns(name, values)
+    return result
+
+
+def join_columns(name: str, values: Sequence[Any]) -> Any:
+    """Put the columns of one name below each other.
+
+    Args:
+        name: Names the column in the error.
+        values: Tensors, arrays or sequences with one entry a row, or one value for each batch.
+
+    Raises:
+        ValueError: Sizes that do not agree, or different values for whole batches.
+    """
+    first = values[0]
+    if isinstance(first, list | tuple):
+        return _sequence(first, chain.from_iterable(values))
+    if not has_rows(first):
+        if not all(same_value(first, other) for other in values):
+            raise ValueError(
+                f"gather_rows: {name!r} must be the same for all batches whose rows are joined, "
+                f"got {first!r} and others. Give it one entry per row, or leave it out."
+            )
+        return first
+    shapes = [tuple(value.shape[1:]) for value in values]
+    if len(set(shapes)) > 1:
+        if not are_labels(name, first) or len({shape[1:] for shape in shapes}) > 1:
+            refuse_sizes("gather_rows", name, shapes)
+        # Of another sequence than the one that is read, as in encoder-decoder models.
+        size = max(shape[0] for shape in shapes)
+        values = [filled(v, (1,), size, fill=IGNORED_LABEL, left=False) for v in values]
+    if isinstance(first, Tensor):
+        return torch.cat(list(values))
+    return sys.modules["numpy"].concatenate(list(values))
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Return whether two values that belong to whole batches are the same."""
+    if one is other:
+        return True
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one.cpu(), other.cpu())
+    if isinstance(one, SINGLE) or hasattr(one, "__array__"):
+        return bool(one == other)
+    return type(one) is type(other)
 
 
 def mute_rows(batch: Batch, rows: Tensor) -> dict[str, Any]:

@@ -18,7 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from onlinesel.batch import gather_rows, left_padded, token_width, widen
+from onlinesel._exchanging import (
+    Sizes,
+    arrived_rows,
+    packed_bytes,
+    pickled_rows,
+    structure,
+    widened,
+)
+from onlinesel.batch import gather_rows
 from onlinesel.types import Signals
 
 __all__ = [
@@ -44,6 +52,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+_REST = "what is no tensor, pickled"
 _SMALL = 2**20
 """Bytes of all ranks below which gathering is a sum; the same on every rank, so all do the same."""
 
@@ -265,21 +274,37 @@ def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     return {n: v for n, v in sorted(batch.items()) if isinstance(v, Tensor) and v.dim()}
 
 
-def _widened(
-    sample: dict[str, Any], batches: Sequence[Mapping[str, Any]], pad_id: int, device: Any
-) -> dict[str, Any]:
-    """Pad rows to the width of the widest rank, having checked that all have the same columns."""
-    # Not the second dimension: it is the width, or may look like it.
-    layout = {n: (str(v.dtype), v.dim(), *v.shape[2:]) for n, v in _tensors(sample).items()}
-    digest = _digest(repr(layout).encode())
-    widest, largest, smallest = _largest([token_width(sample) or 0, digest, -digest], device)
+def _alike(sizes: Sizes, device: torch.device | str) -> dict[str, Any]:
+    """Return rows of the same sizes on all ranks, having checked that their columns are the same.
+
+    One reduction does where the ranks' tokens differ in one width alone. Where more than that
+    differs, or could, they first tell each other that their columns are the same.
+    """
+    kinds, width = structure(sizes.rows), sizes.width()
+    digest = _digest(repr((kinds, sizes.apart_from_width())).encode())
+    widest, largest, smallest = _largest([width or 0, digest, -digest], device)
+    if largest == -smallest and width is not None:
+        targets = {name: widest for name in sizes.axes.columns if sizes.follows(name)}
+        return widened(sizes, targets)
+    digest = _digest(repr(kinds).encode())
+    largest, smallest = _largest([digest, -digest], device)
     if largest != -smallest:
         raise ValueError(
             "exchange_rows: batches must have the same columns on all ranks, got others than "
-            f"{layout} (name: dtype, dimensions). Let the collator give every batch the same."
+            f"{kinds} (what it is, or its one value). Let the collator give every batch the same."
         )
-    left = any(left_padded(batch) for batch in batches)
-    return widen(sample, widest, pad_id=pad_id, left=left)
+    return widened(sizes, sizes.targets(_largest(sizes.numbers(), device)))
+
+
+def _moving(mine: Tensor, others: Tensor) -> Tensor:
+    """Return which rows move between this rank and another, in the order of the other ranks.
+
+    Args:
+        mine: ``(K,)`` ranks on this end of the way.
+        others: ``(K,)`` ranks on the other.
+    """
+    moving = ((mine == rank()) & (mine != others)).nonzero().flatten()
+    return moving[others[moving].argsort(stable=True)]
 
 
 def exchange_rows(
@@ -306,10 +331,11 @@ def exchange_rows(
 
     Returns:
         A batch of the rows that came to this rank (None if none did), and their positions among
-        the ``K``, in the batch's order.
+        the ``K``, in the batch's order. Arrays and lists travel pickled.
 
     Raises:
-        ValueError: Batches of different columns, on every rank; or no process group.
+        ValueError: Batches of different columns, or sizes that neither agree nor follow the width
+            of the tokens, on every rank; or no process group.
     """
     moves = owners != targets
     if not bool(moves.any()):
@@ -319,16 +345,16 @@ def exchange_rows(
             "exchange_rows: targets must be 0 without a process group, got "
             f"{targets.tolist()}. Start torch.distributed first."
         )
-    held = owners == rank()
-    leaving = (held & moves).nonzero().flatten()
-    leaving = leaving[targets[leaving].argsort(stable=True)]
-    coming = ((targets == rank()) & moves).nonzero().flatten()
-    coming = coming[owners[coming].argsort(stable=True)]
-    places = [local[i] for i in (held.cumsum(0) - 1)[leaving].tolist()]
+    leaving, coming = _moving(owners, targets), _moving(targets, owners)
+    places = [local[i] for i in ((owners == rank()).cumsum(0) - 1)[leaving].tolist()]
     # A rank that gives nothing still takes part, with a row of its own as the pattern.
     sample = gather_rows(batches, places or [(0, 0)], pad_id=pad_id)
-    sample = _widened(sample, batches, pad_id, device)
-    rows = _tensors(sample)
+    alike = _alike(Sizes.of(sample, batches, pad_id), device)
+    rows = _tensors(alike)
+    rest = pickled_rows(alike)
+    if rest:
+        (longest,) = _largest([max(map(len, rest))], device)
+        rows = {**rows, _REST: packed_bytes(rest, longest)}
     give = torch.bincount(targets[leaving], minlength=world_size()).tolist()
     take = torch.bincount(owners[coming], minlength=world_size()).tolist()
     packed = _packed(rows, device)[: len(places)]
@@ -337,8 +363,5 @@ def exchange_rows(
     if not len(coming):
         return None, []
     arrived = _unpacked(whole, rows)
-    batch = {
-        name: arrived[name].to(value.device) if name in arrived else value
-        for name, value in batches[0].items()
-    }
-    return batch, coming.tolist()
+    others = arrived.pop(_REST).cpu() if rest else None
+    return arrived_rows(arrived, others, batches[0]), coming.tolist()

@@ -24,7 +24,6 @@ from onlinesel._reading import (
     Cells,
     Numbered,
     Paired,
-    check_rows,
     generators_of,
     standing_in,
     tell_epoch,
@@ -128,6 +127,7 @@ class CandidateLoader:
         self._costs: deque[int] = deque()  # of the windows that were read and have not trained
         self._cells = Cells(self._rows_of_this_rank)
         self._workers: Any = None
+        self._layout: dict[str, bool] = {}  # which lists in a batch have one entry a row
 
     # Size -----------------------------------------------------------------------------------
 
@@ -280,12 +280,12 @@ class CandidateLoader:
 
     def _candidates(self, pairs: Sequence[tuple[Tensor | None, Any]]) -> Candidates:
         """Join batches into one of candidates, and find out who the rows are."""
-        taken = [as_columns(batch) for _, batch in pairs]
-        for part in taken:
-            check_rows(part.values)
+        known = (None if ids is None else len(ids) for ids, _ in pairs)
+        taken = [as_columns(b, n, self._layout) for (_, b), n in zip(pairs, known, strict=True)]
+        sizes = [rows_in(part.values, "CandidateLoader") for part in taken]
         columns, rebuild = taken[0].values, taken[0].rebuild
         if len(pairs) > 1:
-            places = [(m, r) for m, part in enumerate(taken) for r in range(rows_in(part.values))]
+            places = [(m, r) for m, size in enumerate(sizes) for r in range(size)]
             columns = gather_rows([part.values for part in taken], places, pad_id=self._pad_id)
         columns = dict(columns)
         numbered = [ids.cpu() for ids, _ in pairs if ids is not None]

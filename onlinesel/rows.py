@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from onlinesel.batch import has_rows
+from onlinesel.columns import map_tensors
+
 __all__ = [
     "FILLER_ID",
     "GROUP",
@@ -123,7 +126,7 @@ def content_ids(batch: Mapping[str, Any]) -> Tensor:
 
     Equal rows have equal ids, wherever and whenever they occur. Used where rows have no stable
     number, as in streams. With ``input_ids`` the tokens and labels count, and padding does not;
-    other batches are hashed over all their tensors.
+    other batches are hashed over everything that has one entry a row.
 
     Example:
         >>> import torch
@@ -134,19 +137,31 @@ def content_ids(batch: Mapping[str, Any]) -> Tensor:
         True
     """
     if "input_ids" not in batch:
-        tensors = [v.detach().cpu() for v in batch.values() if isinstance(v, Tensor) and v.dim()]
-        return _digests(b"".join(_bytes(t[row]) for t in tensors) for row in range(len(tensors[0])))
+        columns = [v for v in batch.values() if has_rows(v)]
+        return _digests(b"".join(_entry(c[row]) for c in columns) for row in range(len(columns[0])))
     tokens = batch["input_ids"].cpu()
     mask = batch.get("attention_mask")
     masks = torch.ones_like(tokens) if mask is None or mask.dim() != 2 else mask.cpu()
-    labels = batch["labels"].cpu() if "labels" in batch else tokens
-    if labels.shape != tokens.shape:  # one label a row, as in classification
+    labels, others = batch["labels"].cpu() if "labels" in batch else tokens, None
+    if labels.shape != tokens.shape:  # of the whole row, as in classification
+        several = labels.is_floating_point() or labels.numel() > len(tokens)
+        others = labels if several else None
         labels = labels.reshape(len(tokens), -1)[:, :1].expand_as(tokens)
     pairs = (
         torch.stack([row[keep != 0], targets[keep != 0]]).to(torch.int64)
         for row, targets, keep in zip(tokens, labels, masks, strict=True)
     )
-    return _digests(map(_bytes, pairs))
+    contents = map(_bytes, pairs)
+    if others is None:
+        return _digests(contents)
+    return _digests(a + _bytes(b) for a, b in zip(contents, others, strict=True))
+
+
+def _entry(value: Any) -> bytes:
+    """Return the content of a row's entry in one column."""
+    if isinstance(value, Tensor):
+        return _bytes(value.detach().cpu())
+    return repr(map_tensors(Tensor.tolist, value)).encode()
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -181,7 +181,7 @@ class CausalLMScorer:
         """
         needs = self.needs if needs is None else needs
         core = unwrap(model) if core is None else core
-        rows_in(batch, "CausalLMScorer")
+        rows_in({k: v for k, v in batch.items() if isinstance(v, Tensor)}, "CausalLMScorer")
         labels = batch["shift_labels"] if "shift_labels" in batch else shift_labels(batch["labels"])
         tokens = labels.ne(IGNORED_LABEL).sum(dim=1)
         found: dict[str, Tensor] = {"tokens": tokens}

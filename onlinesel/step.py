@@ -24,8 +24,6 @@ from onlinesel.batch import (
     label_width,
     mute_rows,
     rows_in,
-    take_rows,
-    trim,
 )
 from onlinesel.distributed import (
     Gathering,
@@ -346,7 +344,7 @@ class StepPlanner:
         if not rows:
             # No rank may skip a forward. A row whose scores are finite cannot poison the zero.
             m, r = self._filler(signals)
-            batch = trim(take_rows(share.batches[m], [r]))
+            batch = gather_rows(share.batches, [(m, r)], pad_id=self._pad_id)
             if self._mute and self._count(batch) is not None:
                 batch = mute_rows(batch, torch.tensor([True]))
             return batch, torch.zeros(1), signals[m].row_ids()[[r]]

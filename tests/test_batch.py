@@ -17,7 +17,6 @@ from onlinesel.batch import (
     rows_in,
     take_rows,
     trim,
-    widen,
 )
 
 
@@ -73,14 +72,6 @@ def test_padding_uses_the_padding_token() -> None:
     assert joined["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
 
 
-def test_widen_pads_every_token_tensor_on_the_asked_side() -> None:
-    batch = {"input_ids": torch.tensor([[5]]), "extra": torch.ones(1, 1, 2), "row": torch.ones(1)}
-    wide = widen(batch, 3, pad_id=9, left=True)
-    assert wide["input_ids"].tolist() == [[9, 9, 5]]
-    assert wide["extra"].tolist() == [[[0, 0], [0, 0], [1, 1]]]
-    assert wide["row"].tolist() == [1]
-
-
 def test_a_batch_without_mask_is_not_trimmed() -> None:
     batch = {"input_ids": torch.tensor([[5, 0, 0]])}
     assert trim(batch)["input_ids"].shape == (1, 3)
@@ -108,7 +99,7 @@ def test_take_rows_leaves_other_values_alone() -> None:
     ],
 )
 def test_batches_without_rows_are_refused(batch: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="Host: tensors must all have one entry per row.*packed"):
+    with pytest.raises(ValueError, match="Host: columns must all have one entry per row.*packed"):
         rows_in(batch, "Host")
 
 

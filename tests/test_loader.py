@@ -220,13 +220,26 @@ def test_workers_reach_the_dataset() -> None:
 
 @pytest.mark.parametrize("kind", ["numbers", "strings", "array"])
 @pytest.mark.parametrize("joined", [False, True])
-def test_rows_that_are_no_tensors_are_refused(kind: str, joined: bool) -> None:
+def test_rows_that_are_no_tensors_follow_their_rows(kind: str, joined: bool) -> None:
     import numpy as np
 
-    values: Any = {"numbers": [1, 2], "strings": ["a", "b"], "array": np.ones(2)}[kind]
-    batches = [{"x": torch.ones(2, 2), "extra": values, "scale": 2.0}] * 2
-    with pytest.raises(ValueError, match="batch must hold its rows in tensors, got 2 other values"):
-        next(CandidateLoader(batches, candidates=1 + joined).windows())
+    whole: Any = {"numbers": [1, 2, 3, 4], "strings": list("abcd"), "array": np.arange(4)}[kind]
+    batches = [
+        {"x": torch.tensor([r, r + 1]), "extra": whole[r : r + 2], "scale": 2.0} for r in (0, 2)
+    ]
+    windows = list(CandidateLoader(batches, candidates=1 + joined).windows())
+    assert len(windows) == 2 - joined
+    for (part,) in windows:
+        batch = part.rebuild(part.columns)
+        assert list(batch["extra"]) == [whole[i] for i in batch["x"]] and batch["scale"] == 2.0
+        assert type(batch["extra"]) is type(whole)
+
+
+@pytest.mark.parametrize("extra", [["a", "b", "c"], {1, 2}, ["a"]])
+def test_rows_that_cannot_be_told_apart_are_refused(extra: Any) -> None:
+    batches = [{"x": torch.ones(2, 2), "extra": extra}]
+    with pytest.raises(ValueError, match="'extra' must "):
+        next(CandidateLoader(batches).windows())
 
 
 def test_domains_belong_to_row_numbers() -> None:

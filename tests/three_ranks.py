@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import numpy
 import torch
 import torch.distributed as dist
 
@@ -31,10 +32,15 @@ from onlinesel.strategies import LossReweight
 from tests.launching import leave
 
 RANKS = 3
+CHANCE = 4
 
 
 def row_batch(numbers: list[int], lengths: dict[int, int], left: bool) -> dict[str, Any]:
-    """Row k holds the tokens 100 k + 1, 100 k + 2, ... and one value of every kind of dtype."""
+    """Row k holds the tokens 100 k + 1, 100 k + 2, ... and one value of every kind.
+
+    Of the columns that no name tells about, one follows the width of the tokens; the other is as
+    wide by chance.
+    """
     width = max(lengths[k] for k in numbers) + 1
     shape = (len(numbers), width)
     batch: dict[str, Any] = {
@@ -55,6 +61,13 @@ def row_batch(numbers: list[int], lengths: dict[int, int], left: bool) -> dict[s
     batch["double"] = k.double()[:, None] / torch.arange(7, 14)
     batch["wave"] = torch.complex(k.float(), -k.float())
     batch["nothing"] = torch.zeros(len(numbers), 0)
+    batch["follows"] = batch["input_ids"] / 4
+    batch["chance"] = k.float()[:, None].expand(-1, CHANCE)
+    square = batch["attention_mask"].bool()[:, None, :, None].expand(-1, -1, -1, width)
+    batch["decoder_attention_mask"] = square & square.mT
+    batch["texts"] = [f"row {n}" for n in numbers]
+    batch["boxes"] = tuple({"box": torch.full((n % 3, 2), float(n))} for n in numbers)
+    batch["names"] = numpy.array([f"name {n}" for n in numbers])
     return {**batch, "note": "stays", "scale": torch.tensor(2.0)}
 
 
@@ -101,7 +114,13 @@ def exchanged_rows_arrive_whole_and_in_order(me: int) -> None:
             assert batch["labels"][r][alive].tolist() == tokens
             assert bool((batch["input_ids"][r][~alive] % 63 == 0).all())  # 0 before, 63 added
             assert bool((batch["labels"][r][~alive] == -100).all())
-        for name in ("short", "flag", "half", "double", "wave", "nothing", "scale"):
+            assert torch.equal(batch["follows"][r], batch["input_ids"][r] / 4 * alive)
+            seen = batch["decoder_attention_mask"][r, 0].sum(dim=1)  # padding sees itself at most
+            assert int((seen == lengths[k]).sum()) == lengths[k] or lengths[k] == 1
+            assert set(seen.tolist()) <= {0, 1, lengths[k]}
+            assert batch["texts"][r] == f"row {k}" and batch["names"][r] == f"name {k}"
+            assert torch.equal(batch["boxes"][r]["box"], wanted["boxes"][r]["box"])
+        for name in ("short", "flag", "half", "double", "wave", "nothing", "scale", "chance"):
             assert torch.equal(batch[name], wanted[name]), name
             assert batch[name].dtype == wanted[name].dtype, name
     assert moved >= 7  # none of this is about scenes in which nothing moves
@@ -152,11 +171,19 @@ def every_rank_hears_of_a_difference(me: int) -> None:
     message = "Planner: ranks must reach the same decision, got digests ["
     refused(lambda: check_agreement("Planner", same, other), message)
     owners, targets = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 0])
-    for strange in ({"extra": torch.zeros(1)}, {"short": torch.zeros(1)}, {"half": torch.zeros(1)}):
+    strangers: list[dict[str, Any]] = [
+        {"extra": torch.zeros(1)}, {"short": torch.zeros(1)}, {"half": torch.zeros(1)},
+        {"note": "goes"}, {"texts": ("row",)},
+    ]  # fmt: skip
+    for strange in strangers:
         batch = row_batch([me], {0: 2, 1: 3, 2: 1}, False)
         batch |= strange if me == 2 else {}
         call = partial(exchange_rows, [batch], [(0, 0)], owners, targets)
         refused(call, "exchange_rows: batches must have the same columns on all ranks, got")
+    batch = row_batch([me], {0: 2, 1: 3, 2: 1}, False)
+    batch["chance"] = torch.zeros(1, 7 + me)
+    call = partial(exchange_rows, [batch], [(0, 0)], owners, targets)
+    refused(call, "exchange_rows: rows of 'chance' must have one size, or follow the width")
 
 
 def numbers_are_compared(me: int) -> None:

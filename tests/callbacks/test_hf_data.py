@@ -213,6 +213,15 @@ def test_equal_tokens_with_other_labels_are_other_rows() -> None:
     assert ids[0] == ids[2] != ids[1]
 
 
+def test_rows_that_differ_in_anything_are_other_rows() -> None:
+    several = {"input_ids": torch.ones(3, 2).long(), "labels": torch.eye(3)}
+    assert len(content_ids(several).unique()) == 3
+    texts = {"x": torch.ones(4), "text": ["a", "b", "a", "a"], "boxes": [torch.ones(n) for n in
+             (1, 1, 2, 1)]}  # fmt: skip
+    ids = content_ids(texts).tolist()
+    assert ids[0] == ids[3] and len(set(ids)) == 3
+
+
 def test_metrics_are_means_over_the_steps_that_have_them(tmp_path: Path) -> None:
     """Every other step has no scores: the mean is that of the others, not half of it."""
     trainer = make_trainer(tmp_path, max_steps=4, logging_steps=4)

@@ -145,10 +145,12 @@ def test_batches_that_the_default_scorer_cannot_read() -> None:
             batches)  # fmt: skip
 
 
-def test_rows_that_are_strings_would_not_follow() -> None:
-    rows = [{"x": x, "text": f"row {y}"} for x, y in classified()]
-    refused("batch must hold its rows in tensors, got 2 other values at 'text'",
-            selection(Uniform()), batches=loader(rows))  # fmt: skip
+def test_rows_that_cannot_be_told_apart() -> None:
+    def named(features: Any) -> Any:
+        return {"x": torch.stack([x for x, _ in features]), "names": {"a", "b"}}
+
+    refused("'names' must be a tensor, an array or a list with one entry per row",
+            selection(Uniform()), batches=loader(classified(), collate_fn=named))  # fmt: skip
 
 
 def test_windows_that_change_under_way() -> None:
