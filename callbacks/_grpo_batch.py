@@ -12,6 +12,7 @@ from onlinesel.callbacks._grpo_assemble import assemble, carry, final_advantages
 from onlinesel.callbacks._grpo_fill import Filled, Filler, Round
 from onlinesel.callbacks._grpo_rows import ROWS, TRAINS, Rows, check_text, loss_mask
 from onlinesel.callbacks._grpo_tokens import TokenTerm
+from onlinesel.callbacks._grpo_watch import Watch
 from onlinesel.distributed import check_agreement, rank, world_size
 from onlinesel.rl.prompts import PromptPool
 from onlinesel.rows import ROW_ID
@@ -65,6 +66,7 @@ class BatchMaker:
             ranks=world_size(),
             seed=seed,
         )
+        self.watch = Watch(parts["gate"] is not None, self.filler.refill.patience)
 
     def make(self, inputs: list[dict[str, Any]], step: int) -> tuple[dict[str, Any], Filled]:
         """Return this rank's part of a generation batch, and how it came about.
@@ -119,6 +121,7 @@ class BatchMaker:
         own = self.tokens.measure(self._log_probs, rows, self._gather)
         scores = None if own is None else self._scattered(own, where)
         values = final_advantages(filled.groups, trainer, self.parts["advantages"], scores)
+        self.watch.saw(filled, values)
         if len(where) * world_size() != len(values):
             rows[TRAINS], rows[ROWS] = where >= 0, torch.tensor(len(values))
         if self._as_it_was(filled, rows):

@@ -168,7 +168,7 @@ class Filler:
         self.gate, self.rollouts, self.refill = gate, rollouts, refill or Refill(max_rounds=0)
         self.pool, self.further = pool, further
         self.carried: list[Group] = []
-        self.acceptance, self.barren = 1.0, 0
+        self.acceptance = 1.0
         self.generator = torch.Generator().manual_seed(seed)
         self._generate = generate
         self._generations, self._groups, self._ranks = generations, groups, ranks
@@ -279,13 +279,6 @@ class Filler:
 
     def _finish(self, filled: Filled, kept: list[Group], step: int) -> Filled:
         """Decide what a batch that is too long or too short trains."""
-        self.barren = 0 if kept else self.barren + 1
-        if self.barren >= self.refill.patience:
-            raise ValueError(
-                f"RolloutSelection: gate must keep a group now and then, got none in {self.barren} "
-                "batches in a row. Widen the gate, look at the reward function, or start from a "
-                "policy that solves some of the problems."
-            )
         filled.leftover = kept[self._groups :]
         filled.short = max(self._groups - len(kept), 0)
         final = self._topped_up(filled, kept) if filled.short else kept[: self._groups]

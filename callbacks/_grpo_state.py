@@ -11,6 +11,7 @@ from torch import Tensor
 from onlinesel.callbacks._checkpoint import load_selection, save_selection
 from onlinesel.callbacks._grpo_checks import refuse
 from onlinesel.callbacks._grpo_fill import Filler, Group
+from onlinesel.callbacks._grpo_watch import Watch
 from onlinesel.distributed import world_size
 
 __all__ = [
@@ -39,12 +40,13 @@ def part(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
 
 
-def fill_tensors(filler: Filler) -> dict[str, Tensor]:
-    """Return everything that a filler remembers from batch to batch."""
+def fill_tensors(filler: Filler, watch: Watch) -> dict[str, Tensor]:
+    """Return everything that is remembered from batch to batch."""
     state = {
         "generator": filler.generator.get_state(),
         "acceptance": torch.tensor(filler.acceptance, dtype=torch.float64),
-        "barren": torch.tensor(filler.barren),
+        "barren": torch.tensor(watch.barren),
+        "idle": torch.tensor(watch.idle),
     }
     for name in ("gate", "rollouts"):
         selector = getattr(filler, name)
@@ -62,10 +64,11 @@ def fill_tensors(filler: Filler) -> dict[str, Tensor]:
     return state
 
 
-def restore_fill(filler: Filler, state: Mapping[str, Tensor]) -> None:
-    """Put a filler where :func:`fill_tensors` was taken."""
+def restore_fill(filler: Filler, watch: Watch, state: Mapping[str, Tensor]) -> None:
+    """Put both where :func:`fill_tensors` was taken."""
     filler.generator.set_state(state["generator"])
-    filler.acceptance, filler.barren = float(state["acceptance"]), int(state["barren"])
+    filler.acceptance = float(state["acceptance"])
+    watch.barren, watch.idle = int(state["barren"]), int(state.get("idle", 0))
     for name in ("gate", "rollouts"):
         selector = getattr(filler, name)
         if selector is not None:

@@ -356,7 +356,7 @@ class RolloutSelection(TrainerCallback):
         self._tokens.heat = None
         self._window.restore(facts)
         if found is not None:
-            restore_fill(self._maker.filler, state)
+            restore_fill(self._maker.filler, self._maker.watch, state)
             self._tokens.statistics = part(state, "statistics")
             self._tokens.heat = part(state, "heat") or None
         resumed = None if found is None else int(facts["step"])
@@ -368,7 +368,7 @@ class RolloutSelection(TrainerCallback):
         self._call["_save_rng_state"](output_dir)
         if self._maker is None:
             return
-        tensors = fill_tensors(self._maker.filler)
+        tensors = fill_tensors(self._maker.filler, self._maker.watch)
         tensors |= prefixed(self._tokens.statistics, "statistics")
         tensors |= prefixed(self._tokens.heat or {}, "heat")
         facts = {**self._facts(), "totals": self.meter.totals(), **self._window.facts()}

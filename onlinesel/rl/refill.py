@@ -41,7 +41,8 @@ class Refill:
             sampled them (unless the trainer keeps their old log-probabilities); never for longer.
         oversample: Groups asked for, relative to what the acceptance so far predicts.
         patience: Batches in a row without any kept group after which training stops with an
-            error: a gate that never opens is a mistake.
+            error. None goes on, with a warning after every 20: an easy set may be solved, or the
+            format of answers be learnt before the answers.
 
     Raises:
         ValueError: An unknown policy or a bound below its least value.
@@ -61,10 +62,12 @@ class Refill:
     on_short: str = "partial"
     leftover: str = "discard"
     oversample: float = 1.1
-    patience: int = 20
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("max_rounds", 0), ("patience", 1), ("oversample", 1.0)):
+            if name == "patience" and self.patience is None:
+                continue
             if not getattr(self, name) >= least:
                 raise ValueError(
                     f"Refill: {name} must be at least {least}, got {getattr(self, name)}. "
