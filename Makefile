@@ -8,12 +8,20 @@ SEEDS ?= 1
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo demo-grpo test check
+# Lanes apart from .venv: the oldest versions that pyproject.toml allows, and the newest there are.
+LANE_TESTS ?= -m "not slow"
+LANE = test -x $(1)/bin/python || $(PYTHON) -m venv $(1); \
+	$(1)/bin/python -m pip install --disable-pip-version-check --quiet $(2) --editable ".[dev]" && \
+	$(1)/bin/python -m pytest -p no:cacheprovider --numprocesses 2 --dist loadfile $(LANE_TESTS)
+
+.PHONY: help demo demo-grpo test test-lowest test-newest check
 
 help:
 	@echo "make demo   compare selection methods on a small model; leaves runs/demo/report.html (SEEDS=$(SEEDS))"
 	@echo "make demo-grpo  compare ways of choosing problems for GRPO; leaves runs/demo-grpo (SEEDS=$(SEEDS))"
 	@echo "make test   run every test"
+	@echo "make test-lowest  install the oldest versions allowed into .venv-lowest, and run the fast tests"
+	@echo "make test-newest  install the newest versions there are into .venv-newest, and run them"
 	@echo "make check  lint, check types, run the fast tests"
 
 demo: $(INSTALLED)
@@ -29,6 +37,13 @@ demo-grpo: $(INSTALLED)
 # Two processes, a file to one of them: files share what is costly to launch.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# constraints-lowest.txt needs Python 3.11 or 3.12: NumPy 1.26 has no wheel for 3.13.
+test-lowest:
+	$(call LANE,.venv-lowest,--constraint constraints-lowest.txt)
+
+test-newest:
+	$(call LANE,.venv-newest,--upgrade --upgrade-strategy eager)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

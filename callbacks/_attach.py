@@ -12,9 +12,10 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from onlinesel.agreement import check_settings
+from onlinesel.callbacks._versions import check_version
 from onlinesel.distributed import world_size
 from onlinesel.mixing import DomainSampler, Mixture
-from onlinesel.rows import GROUP, ROW_ID
+from onlinesel.rows import GROUP, ROW_ID, complete
 from onlinesel.scoring import CausalLMScorer
 from onlinesel.step import SCOPES
 from onlinesel.types import Strategy
@@ -142,6 +143,7 @@ def check_trainer(
     groups: str | None,
 ) -> None:
     """Refuse trainers and settings whose gradient would not be the one that is promised."""
+    check_version("OnlineSelection", "transformers", "hf")
     if not hasattr(trainer, "get_batch_samples") or hasattr(trainer, "num_generations"):
         refuse(
             "trainer",
@@ -174,7 +176,8 @@ def check_trainer(
         (not getattr(trainer, "_loss_shifts_labels", True), "model",
          "one whose loss is the shifted causal one", type(trainer.model).__name__,
          "Rows of masked, sequence-to-sequence and classification models are not scored here."),
-        (trainer.loss_is_scaled_for_ga is False, "loss_is_scaled_for_ga", "None or True", False,
+        (getattr(trainer, "loss_is_scaled_for_ga", None) is False,  # from transformers 5.19 on
+         "loss_is_scaled_for_ga", "None or True", False,
          "A loss that is averaged over each micro-batch cannot be exact over a step."),
         (not trainer.model_accepts_loss_kwargs and trainer.compute_loss_func is None, "model",
          "one whose forward takes num_items_in_batch", type(trainer.model).__name__,
@@ -324,7 +327,15 @@ def carried_columns(
                 "ids" if target == ROW_ID else "groups", "a column of integers", repr(name),
                 "Use ids='auto' for row numbers, and number the groups.",
             )  # fmt: skip
+        _check_complete(dataset, name)
     return columns
+
+
+def _check_complete(dataset: Any, name: str) -> None:
+    """Refuse a column with None in it where that can be known without reading all rows."""
+    table = getattr(dataset, "data", None)
+    if table is not None and name in table.column_names and table.column(name).null_count:
+        complete("OnlineSelection", name, list(dataset[name]))
 
 
 def domain_sampler(

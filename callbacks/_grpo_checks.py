@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import trl
-from packaging.version import Version
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from onlinesel.callbacks._attach import is_stream
 from onlinesel.callbacks._grpo_seams import moved_seams
+from onlinesel.callbacks._versions import check_version
 from onlinesel.distributed import world_size
 from onlinesel.rl.prompts import PromptSampler
 from onlinesel.rl.refill import Refill
@@ -21,7 +21,6 @@ from onlinesel.types import Strategy
 
 __all__ = ["check", "may_be_uneven", "refuse"]
 
-_OLDEST = Version("1.16")
 _TOKEN_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
 _SEQUENCE_LOSSES = ("grpo", "dapo", "dr_grpo")
 _KINDS = {
@@ -80,8 +79,7 @@ def _check_trainer(trainer: Any) -> None:
             "trainer", "a TRL GRPOTrainer", type(trainer).__name__,
             "For Trainer and SFTTrainer use onlinesel.callbacks.hf.OnlineSelection.",
         )  # fmt: skip
-    if Version(trl.__version__) < _OLDEST:
-        refuse("TRL", f"{_OLDEST} or newer", trl.__version__, "Upgrade TRL.")
+    check_version("RolloutSelection", "trl", "trl")
     moved = moved_seams(trainer)
     if moved:
         refuse(

@@ -10,6 +10,7 @@ from torch import nn
 
 from onlinesel.callbacks._attach import overridden
 from onlinesel.callbacks._lightning_data import refuse
+from onlinesel.callbacks._versions import check_version
 from onlinesel.distributed import world_size
 from onlinesel.scoring import evaluating
 from onlinesel.step import StepPlan
@@ -31,6 +32,7 @@ _STAGES = ("ready", "started", "processed", "completed")
 
 def check_run(trainer: Any, module: Any, accumulate: int | None) -> None:
     """Refuse runs whose gradient would not be the one that is promised."""
+    check_version("OnlineSelection", "lightning", "lightning")
     automatic = module.automatic_optimization
     replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size)
     step = inspect.signature(module.training_step).parameters

@@ -25,12 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from onlinesel.callbacks import _attach
-from onlinesel.callbacks._checkpoint import load_selection, save_selection
 from onlinesel.callbacks._preference import TOKEN_VALUE, CarryTokenValues, WeighedModel, refuse
+from onlinesel.callbacks._versions import check_version
 from onlinesel.rl.preference import PreferenceTerms, PreferenceTokens, PreferenceWeights
 
 try:
     from transformers import TrainerCallback
+
+    from onlinesel.callbacks._checkpoint import load_selection, save_selection
 except ImportError as error:
     raise ImportError(
         'onlinesel.callbacks.dpo needs transformers and TRL: pip install "onlinesel[trl]".'
@@ -231,6 +233,8 @@ class PreferenceSelection(TrainerCallback):
 def _check_trainer(trainer: Any) -> None:
     """Refuse trainers and settings whose loss would not be the weighted one."""
     is_dpo = any(cls.__name__ == "DPOTrainer" for cls in type(trainer).__mro__)
+    if is_dpo:
+        check_version("PreferenceSelection", "trl", "trl")
     if not is_dpo or not all(hasattr(trainer, name) for name in _USED):
         refuse("trainer", "TRL's DPOTrainer", type(trainer).__name__, "Use TRL 1.16.")
     args = trainer.args

@@ -29,7 +29,6 @@ from onlinesel.callbacks import _attach
 from onlinesel.callbacks._fused import FusedHeadScorer
 from onlinesel.callbacks._hf_batches import RowBatches
 from onlinesel.callbacks._hf_data import TrainingData
-from onlinesel.callbacks._hf_state import resume_run, save_run
 from onlinesel.callbacks._loss import (
     UNDEFINED,
     WEIGHTS,
@@ -52,6 +51,7 @@ from onlinesel.types import Scorer, Signals, Strategy
 try:
     from transformers import TrainerCallback
 
+    from onlinesel.callbacks._hf_state import resume_run, save_run
     from onlinesel.callbacks._reuse import reuse_in_trainer
 except ImportError as error:
     raise ImportError(

@@ -33,7 +33,7 @@ from onlinesel.batch import gather_rows, rows_in
 from onlinesel.columns import as_columns
 from onlinesel.distributed import rank, world_size
 from onlinesel.order import Order, own_order, torch_loader, window_rows
-from onlinesel.rows import FILLER_ID, GROUP, ROW_ID, content_ids
+from onlinesel.rows import FILLER_ID, GROUP, ROW_ID, complete, content_ids
 
 __all__ = ["CandidateLoader", "Candidates"]
 
@@ -292,7 +292,7 @@ class CandidateLoader:
         numbers = torch.cat(numbered) if numbered else None
         ids = self._identify(columns, numbers)
         names = [name for name in (self._groups, GROUP) if name in columns]
-        groups = columns.pop(names[0]) if names else None
+        groups = complete("CandidateLoader", names[0], columns.pop(names[0])) if names else None
         if self._domains is not None:
             if ids is not numbers:
                 raise ValueError(
@@ -315,7 +315,7 @@ class CandidateLoader:
             _refuse_column("ids", self._ids, columns)
         if found is None:
             return content_ids(columns) if numbers is None else numbers
-        ids = torch.as_tensor(found).cpu()
+        ids = complete("CandidateLoader", name, found).cpu()
         if ids.is_floating_point():
             raise TypeError(
                 f"CandidateLoader: ids must be integers, got {ids.dtype} in column {name!r}. "

@@ -20,6 +20,7 @@ __all__ = [
     "CarryColumns",
     "NumberedRows",
     "PlanSampler",
+    "complete",
     "content_ids",
 ]
 
@@ -89,14 +90,39 @@ class CarryColumns:
         if not self.columns:
             return self.collate(list(features))
         carried = {
-            target: torch.tensor([feature[source] for feature in features])
+            target: complete("OnlineSelection", source, [f.get(source) for f in features])
             for source, target in self.columns.items()
-            if source in features[0]
+            if any(source in feature for feature in features)
         }
         rest = [{k: v for k, v in f.items() if k not in self.columns} for f in features]
         batch = dict(self.collate(rest))
         batch.update(carried)
         return batch
+
+
+def complete(owner: str, name: str, values: Any) -> Tensor:
+    """Return a column of numbers as a tensor, having checked that every row has one.
+
+    Args:
+        owner: Name used in the error.
+        name: Of the column.
+        values: ``(N,)`` numbers, or a tensor.
+
+    Raises:
+        ValueError: A row has None.
+
+    Example:
+        >>> complete("steps", "sample_id", [3, 5]).tolist()
+        [3, 5]
+    """
+    missing = 0 if isinstance(values, Tensor) else sum(value is None for value in values)
+    if missing:
+        raise ValueError(
+            f"{owner}: column {name!r} must have a number in every row, got None in {missing} of "
+            f"{len(values)}. Fill it, or leave it out: without ids of their own rows are known by "
+            "their number."
+        )
+    return torch.as_tensor(values)
 
 
 class PlanSampler(Sampler[int]):

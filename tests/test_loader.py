@@ -265,6 +265,11 @@ def test_designed_errors() -> None:
         next(CandidateLoader(loader, ids="name").windows())
     with pytest.raises(ValueError, match="groups must be a column of the batch, got 'source'"):
         next(CandidateLoader(loader, groups="source").windows())
+    holes = DataLoader(ROWS, batch_size=4, collate_fn=lambda rows: {
+        "x": torch.zeros(len(rows), 2), "sample_id": [None] + [1] * (len(rows) - 1)
+    })  # fmt: skip
+    with pytest.raises(ValueError, match=r"'sample_id' must have a number in every row, got None"):
+        next(CandidateLoader(holes).windows())
     floats = DataLoader([{"x": torch.zeros(2), "sample_id": 0.5}], batch_size=1)
     with pytest.raises(TypeError, match="ids must be integers, got torch.float64 in column 'sam"):
         next(CandidateLoader(floats).windows())

@@ -9,11 +9,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from onlinesel.report.records import Generation, Run
 from onlinesel.report.summary import Arm, Interval, t_interval
+
+try:
+    import numpy as np
+    import numpy.typing as npt
+except ImportError as error:
+    raise ImportError(
+        'onlinesel.report needs matplotlib and jinja2: pip install "onlinesel[report]".'
+    ) from error
 
 __all__ = [
     "FATES",

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from trl import GRPOTrainer
 
-from onlinesel.callbacks import _grpo_checks
+from onlinesel.callbacks import _versions
 from onlinesel.callbacks._grpo_seams import moved_seams
 from onlinesel.callbacks.grpo import RolloutSelection
 from onlinesel.rl import (
@@ -69,8 +69,8 @@ def test_a_moved_part_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_old_trl_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_grpo_trainer(tmp_path)
-    monkeypatch.setattr(_grpo_checks.trl, "__version__", "1.15.9")
-    with pytest.raises(ValueError, match=r"TRL must be 1.16 or newer, got 1.15.9. Upgrade"):
+    monkeypatch.setattr(_versions, "version", lambda name: "1.15.9")
+    with pytest.raises(ImportError, match=r"trl must be 1.16 or newer, got 1.15.9. Run pip"):
         RolloutSelection(trainer)
 
 

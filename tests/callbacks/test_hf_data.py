@@ -165,6 +165,35 @@ def test_a_stream_that_knows_its_length_is_a_stream(tmp_path: Path) -> None:
     assert sum((c["ids"] for c in choices(tmp_path / "record")), []) == expected[:16]
 
 
+@pytest.mark.parametrize("name", ["sample_id", "source", "cached"])
+def test_a_column_with_none_in_a_row_is_refused_before_the_run(tmp_path: Path, name: str) -> None:
+    """An id, a group, a reference loss: what is missing is not made up."""
+    filled = {"sample_id": 7, "source": 1, "cached": 0.5}
+    rows = [
+        {**r, **filled, name: None if i == 3 else filled[name]} for i, r in enumerate(make_rows())
+    ]
+    options: dict[str, Any] = {"groups": "source", "reference": "cached", "candidates": 2}
+    message = rf"column '{name}' must have a number in every row, got None in 1 of 48. Fill it"
+    trainer = make_trainer(tmp_path, rows=Dataset.from_list(rows))
+    with pytest.raises(ValueError, match=message):
+        attach(trainer, RHOLoss(), **options)
+    # Rows that were left out do not count.
+    attach(
+        make_trainer(tmp_path, rows=Dataset.from_list(rows).select(range(4, 48))),
+        RHOLoss(),
+        **options,
+    )
+
+
+def test_a_row_without_an_id_is_refused_when_it_comes(tmp_path: Path) -> None:
+    """A list of rows has no table that could be asked before."""
+    rows = [{**r, "sample_id": None if i == 3 else i} for i, r in enumerate(make_rows())]
+    trainer = make_trainer(tmp_path, rows=rows, max_steps=24)
+    attach(trainer, TopLoss(), candidates=2, ids="sample_id")
+    with pytest.raises(ValueError, match="column 'sample_id' must have a number in every row"):
+        trainer.train()
+
+
 def test_a_sample_id_that_is_no_integer_falls_back_to_row_numbers(tmp_path: Path) -> None:
     rows = Dataset.from_list([{**r, "sample_id": f"row-{i}"} for i, r in enumerate(make_rows())])
     trainer = make_trainer(tmp_path, rows=rows, max_steps=-1, num_train_epochs=1)
