@@ -10,6 +10,7 @@ from torch import Tensor
 
 from onlinesel.callbacks._grpo_assemble import assemble, carry, final_advantages
 from onlinesel.callbacks._grpo_fill import Filled, Filler, Round
+from onlinesel.callbacks._grpo_images import media_of
 from onlinesel.callbacks._grpo_rows import ROWS, TRAINS, Rows, check_text, loss_mask
 from onlinesel.callbacks._grpo_tokens import TokenTerm
 from onlinesel.callbacks._grpo_watch import Watch
@@ -118,7 +119,8 @@ class BatchMaker:
             pad_id=trainer._tokenizer.pad_token_id,
             multiple=trainer.pad_to_multiple_of,
         )
-        own = self.tokens.measure(self._log_probs, rows, self._gather)
+        media = media_of(first, self._log_probs)  # rows of images are as the trainer made them
+        own = self.tokens.measure(self._log_probs, rows, self._gather, media)
         scores = None if own is None else self._scattered(own, where)
         values = final_advantages(filled.groups, trainer, self.parts["advantages"], scores)
         self.watch.saw(filled, values)

@@ -10,6 +10,7 @@ import trl
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from onlinesel.callbacks._attach import is_stream
+from onlinesel.callbacks._grpo_images import images_of
 from onlinesel.callbacks._grpo_seams import moved_seams
 from onlinesel.callbacks._versions import check_version
 from onlinesel.distributed import world_size
@@ -124,14 +125,7 @@ def _check_groups(trainer: Any, parts: Mapping[str, Any], success: float | None)
             "rollouts", f"a choice among the {size} completions of a group", rollouts,
             "Raise num_generations.",
         )  # fmt: skip
-    columns = getattr(trainer.train_dataset, "column_names", None) or ()
-    images = [name for name in ("image", "images") if name in columns]
-    asked = [name for name, part in parts.items() if part is not None and name != "prompts"]
-    if images and asked:
-        refuse(
-            "train_dataset", f"text only with {asked[0]}=", f"a column {images[0]!r}",
-            "Only prompts= works with images.",
-        )  # fmt: skip
+    _check_images(trainer, parts)
     if parts["refill"] is not None and gate is None:
         refuse("refill", "used with a gate", "no gate", "Pass gate=ZeroVariance().")
     if trainer.aux_loss_enabled and may_be_uneven(trainer, parts):
@@ -141,6 +135,23 @@ def _check_groups(trainer: Any, parts: Mapping[str, Any], success: float | None)
             "Make num_generations a multiple of the processes, and use no rollouts=.",
         )  # fmt: skip
     _check_windows(trainer, parts)
+
+
+def _check_images(trainer: Any, parts: Mapping[str, Any]) -> None:
+    """Refuse to move or drop rows of images, and to embed prompts without theirs."""
+    embeds = getattr(parts["prompts"], "features", None) == "policy"
+    asked = [name for name in ("gate", "refill", "rollouts") if parts[name] is not None]
+    images = images_of(trainer.train_dataset) if asked or embeds else None
+    if images and asked:
+        refuse(
+            "train_dataset", f"text only with {asked[0]}=", images,
+            "With images use prompts=, tokens=, advantages= and temperature=.",
+        )  # fmt: skip
+    if images:
+        refuse(
+            "features", "a column of the data set with images", "'policy'",
+            "The prompts would be embedded without them. Embed them beforehand, or use Thompson().",
+        )  # fmt: skip
 
 
 def may_be_uneven(trainer: Any, parts: Mapping[str, Any]) -> bool:

@@ -61,7 +61,8 @@ def check_text(batch: Mapping[str, Any]) -> None:
     if other:
         raise ValueError(
             f"RolloutSelection: generation batch must hold text rows only, got {', '.join(other)}. "
-            "Use no gate, refill or rollout selection with images."
+            "Use no gate, refill or rollout selection where prompts, tools or environments bring "
+            "images."
         )
 
 

@@ -91,22 +91,22 @@ def buffer_tensors(trainer: Any) -> dict[str, Tensor]:
     """Return the generation batch that the trainer is in the middle of; empty between two."""
     every = trainer.args.steps_per_generation * trainer.num_iterations
     state = {"step": torch.tensor(trainer._step)}
-    buffer = trainer._buffered_inputs or []
-    # Batches of images hold lists as well; a run with them begins a new batch, as TRL's own does.
-    whole = all(isinstance(v, Tensor) for batch in buffer for v in batch.values())
-    if trainer._step % every and whole:
-        for i, batch in enumerate(buffer):
-            columns = {name: value.cpu() for name, value in batch.items()}
-            state |= prefixed(columns, f"buffer.{i}")
+    if trainer._step % every:
+        for i, batch in enumerate(trainer._buffered_inputs or []):
+            lists = {n: torch.tensor(v) for n, v in batch.items() if isinstance(v, list)}
+            columns = {n: v.cpu() for n, v in batch.items() if isinstance(v, Tensor)}
+            state |= prefixed(columns, f"buffer.{i}") | prefixed(lists, f"lists.{i}")
     return state
 
 
 def restore_buffer(trainer: Any, state: Mapping[str, Tensor], device: torch.device) -> None:
     """Put the trainer back into the middle of its generation batch."""
     trainer._step = int(state["step"])
-    buffer: list[dict[str, Tensor]] = []
+    buffer: list[dict[str, Any]] = []
     while columns := part(state, f"buffer.{len(buffer)}"):
-        buffer.append({name: value.to(device) for name, value in columns.items()})
+        lists = part(state, f"lists.{len(buffer)}")  # how many images each row has
+        values: dict[str, Any] = {name: value.to(device) for name, value in columns.items()}
+        buffer.append(values | {name: value.tolist() for name, value in lists.items()})
     trainer._buffered_inputs = buffer or None
 
 

@@ -144,13 +144,20 @@ class TokenTerm:
         width = kwargs.get("logits_to_keep", args[2] if len(args) > 2 else None)
         return pad(factor[:, :width], (0, width - min(factor.shape[1], width)), value=1.0)
 
-    def measure(self, call: Call, rows: Rows, gather: Callable[[Tensor], Tensor]) -> Tensor | None:
+    def measure(
+        self,
+        call: Call,
+        rows: Rows,
+        gather: Callable[[Tensor], Tensor],
+        media: Mapping[str, Any],
+    ) -> Tensor | None:
         """Measure the tokens of the final batch, once, and note their statistics.
 
         Args:
             call: The trainer's own computation of log-probabilities.
             rows: This rank's final rows; the entropies are added to them.
             gather: Concatenates one-dimensional tensors over the ranks.
+            media: What the forward is given beside the tokens.
 
         Returns:
             ``(B,)`` mean log-probability of each row's tokens; None unless they are asked for.
@@ -161,7 +168,7 @@ class TokenTerm:
         log_probs = rows.get("old_per_token_logps")
         wants_entropy = self.tokens is not None and ENTROPY not in rows
         if wants_entropy or (self.scores and log_probs is None):
-            log_probs, entropy = self._forward(call, rows)
+            log_probs, entropy = self._forward(call, rows, media)
             if wants_entropy:
                 rows[ENTROPY] = entropy.float()
         if ENTROPY in rows:
@@ -174,7 +181,7 @@ class TokenTerm:
             return None
         return (log_probs.float() * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
-    def _forward(self, call: Call, rows: Rows) -> tuple[Tensor, Tensor]:
+    def _forward(self, call: Call, rows: Rows, media: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         trainer = self.trainer
         ids = torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1)
         mask = torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1)
@@ -190,6 +197,7 @@ class TokenTerm:
                     rows["completion_ids"].shape[1],
                     batch_size=trainer.args.per_device_train_batch_size,
                     compute_entropy=True,
+                    **media,
                 )
         finally:
             self._factor = None

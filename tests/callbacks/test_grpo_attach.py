@@ -240,15 +240,6 @@ def test_temperatures_refuse_a_head_with_bias(tmp_path: Path) -> None:
         RolloutSelection(trainer, temperature=AdaptiveTemperature())
 
 
-@pytest.mark.parametrize("parts", [{"gate": ZeroVariance()}, {"tokens": HAPO()}])
-def test_images_are_refused_but_for_prompts(tmp_path: Path, parts: dict[str, Any]) -> None:
-    trainer = make_grpo_trainer(tmp_path)
-    trainer.train_dataset = trainer.train_dataset.add_column("image", [None] * 8)
-    with pytest.raises(ValueError, match=r"train_dataset must be text only with (gate|tokens)="):
-        RolloutSelection(trainer, **parts)
-    RolloutSelection(trainer, prompts=Thompson())
-
-
 @pytest.mark.parametrize(
     ("attribute", "parts", "message"),
     [
