@@ -11,6 +11,7 @@ from torch import Tensor
 from onlinesel.callbacks._grpo_assemble import assemble, carry, final_advantages
 from onlinesel.callbacks._grpo_fill import Filled, Filler, Round
 from onlinesel.callbacks._grpo_images import media_of
+from onlinesel.callbacks._grpo_order import LoaderOrder
 from onlinesel.callbacks._grpo_rows import ROWS, TRAINS, Rows, check_text, loss_mask
 from onlinesel.callbacks._grpo_tokens import TokenTerm
 from onlinesel.callbacks._grpo_watch import Watch
@@ -31,8 +32,8 @@ class BatchMaker:
         tokens: What the tokens count.
         generate: The trainer's own ``_generate_and_score_completions``.
         log_probs: The trainer's own ``_get_per_token_logps_and_entropies``.
-        pool: Where problems come from; None takes the loader's.
-        further: Where the problems of further calls come from, if there is a refill.
+        pool: Chooses the problems; None takes the loader's.
+        order: Deals out the loader's problems, where there is a refill and no pool; else None.
         seed: Of every choice.
     """
 
@@ -45,7 +46,7 @@ class BatchMaker:
         generate: Callable[..., Any],
         log_probs: Callable[..., Any],
         pool: PromptPool | None,
-        further: PromptPool | None,
+        order: LoaderOrder | None,
         seed: int,
     ) -> None:
         self.trainer, self.parts, self.tokens = trainer, parts, tokens
@@ -54,6 +55,7 @@ class BatchMaker:
         here."""
         self._call, self._log_probs = generate, log_probs
         self._incoming: list[dict[str, Any]] = []
+        self._compares = False
         size = trainer.num_generations
         choosers = {name: parts[name] for name in ("gate", "rollouts")}
         self.filler = Filler(
@@ -61,7 +63,7 @@ class BatchMaker:
             **{n: None if s is None else Selector(s, seed=seed) for n, s in choosers.items()},
             refill=parts["refill"],
             pool=pool,
-            further=further,
+            order=order,
             generations=size,
             groups=trainer.args.generation_batch_size // size,
             ranks=world_size(),
@@ -77,6 +79,10 @@ class BatchMaker:
             step: Optimizer steps done.
         """
         self._incoming = inputs
+        order = self.filler.order
+        if order is not None:
+            self._compares = not order.drawn and step == 0
+            order.begin(step)
         filled = self.filler.fill(step)
         if self.parts["gate"] is not None or self.parts["rollouts"] is not None:
             for batch in filled.batches:
@@ -91,6 +97,9 @@ class BatchMaker:
         if ids is not None:
             check_agreement("RolloutSelection", ids, device=self.trainer.accelerator.device)
         rows = self._incoming if ids is None else self._fetch(ids)
+        if self._compares and self.filler.order is not None:
+            self.filler.order.check(self._incoming, rows)
+        self._compares = False
         numbers = [int(row.get(ROW_ID, -1)) for row in rows]
         rows = [{k: v for k, v in row.items() if k != ROW_ID} for row in rows]
         with self.tokens.sampling():
@@ -107,8 +116,11 @@ class BatchMaker:
         """Return this rank's rows of the data set: every problem as often as a group is large."""
         repeated = ids.repeat_interleave(self.trainer.num_generations).tolist()
         share = len(repeated) // world_size()
+        mine, order = repeated[rank() * share : (rank() + 1) * share], self.filler.order
+        if order is not None:
+            return [order.row(i) for i in mine]
         dataset = self.trainer.train_dataset
-        return [{**dataset[i], ROW_ID: i} for i in repeated[rank() * share : (rank() + 1) * share]]
+        return [{**dataset[i], ROW_ID: i} for i in mine]
 
     def _assembled(self, filled: Filled) -> dict[str, Any]:
         """Put the final rows, their advantages and their number of tokens into a batch."""

@@ -196,12 +196,18 @@ def _check_prompts(trainer: Any, parts: Mapping[str, Any]) -> None:
     _check_engine(trainer, parts)
     dataset, groups = trainer.train_dataset, trainer.args.generation_batch_size
     groups //= trainer.num_generations
-    if is_stream(dataset):
+    if is_stream(dataset) and parts["prompts"] is not None:
         refuse(
-            "train_dataset", f"one with row numbers for {asked[0]}=", "a stream",
+            "train_dataset", "one with row numbers for prompts=", "a stream",
             "Use a map-style data set; a stream cannot be asked for a problem.",
         )  # fmt: skip
-    least = groups + (parts["refill"] is not None and parts["refill"].max_rounds > 0)
+    if is_stream(dataset):
+        return
+    least = groups
+    if parts["refill"] is not None and parts["refill"].max_rounds > 0:
+        # A loader that does not shuffle leaves out what fills no batch, in every epoch.
+        fixed = parts["prompts"] is None and not trainer.shuffle_dataset
+        least += groups if fixed else 1
     if len(dataset) < least:
         refuse(
             "train_dataset", f"of at least {least} problems for batches of {groups}",

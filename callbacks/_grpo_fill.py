@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onlinesel.callbacks._grpo_order import LoaderOrder
 from onlinesel.callbacks._grpo_rows import Rows
 from onlinesel.rl.gates import count_outcomes
 from onlinesel.rl.prompts import PromptPool
@@ -143,8 +144,8 @@ class Filler:
         gate: Decides about groups; None keeps all.
         rollouts: Decides about the completions of a kept group; None keeps all.
         refill: The bounds; None never generates twice.
-        pool: Where problems come from; None takes the loader's for the first call.
-        further: Where the problems of further calls come from, if there is a refill.
+        pool: Chooses the problems; None takes the loader's.
+        order: Deals out the loader's problems, where there is a refill and no pool; else None.
         generations: Completions of a group.
         groups: Groups of a full batch, over all ranks.
         ranks: Number of ranks.
@@ -159,14 +160,14 @@ class Filler:
         rollouts: Selector | None,
         refill: Refill | None,
         pool: PromptPool | None,
-        further: PromptPool | None,
+        order: LoaderOrder | None,
         generations: int,
         groups: int,
         ranks: int,
         seed: int,
     ) -> None:
         self.gate, self.rollouts, self.refill = gate, rollouts, refill or Refill(max_rounds=0)
-        self.pool, self.further = pool, further
+        self.pool, self.order = pool, order
         self.carried: list[Group] = []
         self.acceptance = 1.0
         self.generator = torch.Generator().manual_seed(seed)
@@ -181,10 +182,12 @@ class Filler:
         multiple = self._ranks // gcd(self._ranks, self._generations)
         missing = max(self._groups - len(kept), 1)
         count = -(-missing // multiple) * multiple
-        waiting = torch.tensor([group.prompt for group in kept])
-        ids = None if self.pool is None else self.pool.propose(count, taken=waiting)
+        source = self.pool or self.order
+        # The loader's order is kept even where it comes back to a problem that was carried over.
+        waiting = torch.tensor([group.prompt for group in kept]) if self.pool is not None else None
+        ids = None if source is None else source.propose(count, taken=waiting)
         kept += self._call(ids, filled, step)
-        while self.further is not None:
+        while source is not None:
             count = self.refill.ask(
                 wanted=self._groups,
                 kept=len(kept),
@@ -195,7 +198,7 @@ class Filler:
                 multiple=multiple,
             )
             seen = torch.tensor([g.prompt for g in (*filled.scored, *kept) if g.prompt >= 0])
-            ids = self.further.propose(count, taken=seen.unique()) if count else None
+            ids = source.propose(count, taken=seen.unique()) if count else None
             if ids is None or len(ids) < multiple:
                 break
             kept += self._call(ids[: len(ids) // multiple * multiple], filled, step)

@@ -53,9 +53,9 @@ def fill_tensors(filler: Filler, watch: Watch) -> dict[str, Tensor]:
         if selector is not None:
             own = selector.state_dict()
             state |= prefixed(own["tensors"] | {"step": torch.tensor(own["step"])}, name)
-    pools = {"pool": filler.pool, "further": filler.further}
+    pools = {"pool": filler.pool, "order": filler.order}
     for name, pool in pools.items():
-        if pool is not None and not (name == "further" and pool is filler.pool):
+        if pool is not None:
             state |= prefixed(pool.state_dict(), name)
     for i, group in enumerate(filler.carried):
         fields = {name: getattr(group, name) for name in _FIELDS}
@@ -76,9 +76,9 @@ def restore_fill(filler: Filler, watch: Watch, state: Mapping[str, Tensor]) -> N
             step = int(own.pop("step"))
             strategy = repr(selector.strategy)
             selector.load_state_dict({"strategy": strategy, "step": step, "tensors": own})
-    for name in ("pool", "further"):
+    for name in ("pool", "order"):
         pool = getattr(filler, name)
-        if pool is not None and not (name == "further" and pool is filler.pool):
+        if pool is not None:
             pool.load_state_dict(part(state, name))
     filler.carried = []
     while own := part(state, f"carried.{len(filler.carried)}"):

@@ -30,7 +30,6 @@ from onlinesel.rl.prompts import PromptPool, PromptSampler
 from onlinesel.rl.refill import Refill
 from onlinesel.rl.temperature import AdaptiveTemperature
 from onlinesel.rl.types import Advantages, TokenWeights
-from onlinesel.rl.uniform_prompts import UniformPrompts
 from onlinesel.types import Strategy
 
 try:
@@ -41,6 +40,7 @@ try:
     from onlinesel.callbacks._grpo_checks import check, refuse
     from onlinesel.callbacks._grpo_loss import MicroLoss, Window, regroup
     from onlinesel.callbacks._grpo_meter import RolloutMeter
+    from onlinesel.callbacks._grpo_order import LoaderOrder
     from onlinesel.callbacks._grpo_outcomes import Outcomes
     from onlinesel.callbacks._grpo_prompts import make_pool
     from onlinesel.callbacks._grpo_rewards import RewardGuard
@@ -86,8 +86,9 @@ class RolloutSelection(TrainerCallback):
         trainer: A TRL ``GRPOTrainer``. It is changed at once; add the callback to the same trainer.
         gate: Strategy on ``reward`` and ``group`` that drops groups after the rollout, as
             :class:`onlinesel.rl.PassRateBand`.
-        refill: How a batch that the gate left short is filled; None never generates twice and
-            trains on what is left.
+        refill: How a batch that the gate left short is filled: with the problems that come next in
+            the loader's order, or with those that ``prompts`` chooses; None never generates twice
+            and trains on what is left.
         prompts: Which problems are rolled out, as :class:`onlinesel.rl.SharedDifficulty`; they are
             chosen at the moment of the rollout, and the loader's own rows are then not used. None
             takes the loader's.
@@ -208,10 +209,17 @@ class RolloutSelection(TrainerCallback):
 
     def _on_get_train_dataloader(self) -> Any:
         """Build the trainer's own loader, over rows that know their number."""
-        dataset = self.trainer.train_dataset
+        trainer, dataset = self.trainer, self.trainer.train_dataset
         if self._idle or _attach.is_stream(dataset):
             return self._call["get_train_dataloader"]()
-        with _attach.overridden(self.trainer, {"train_dataset": NumberedRows(dataset)}):
+        build = trainer._get_train_sampler
+
+        def sampler(*_: Any) -> Any:
+            with _attach.overridden(trainer, {"train_dataset": dataset}):
+                return build(dataset)  # one's own may read columns of it
+
+        changes = {"train_dataset": NumberedRows(dataset), "_get_train_sampler": sampler}
+        with _attach.overridden(trainer, changes):
             return self._call["get_train_dataloader"]()
 
     def _on__generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -336,11 +344,9 @@ class RolloutSelection(TrainerCallback):
     def _begin(self, checkpoint: str | None) -> None:
         found = load_run(self.trainer, checkpoint, self._facts(), type(self).__name__)
         state, facts = found if found is not None else ({}, {})
-        trainer, seed = self.trainer, self.seed
-        pool = make_pool(trainer, self.parts["prompts"], seed, part(state, "pool"))
-        further = pool if self.parts["refill"] is not None else None
-        if self.parts["refill"] is not None and pool is None:
-            further = make_pool(trainer, UniformPrompts(), seed, part(state, "further"))
+        refill = self.parts["refill"]
+        pool = make_pool(self.trainer, self.parts["prompts"], self.seed, part(state, "pool"))
+        again = refill is not None and refill.max_rounds > 0
         self._maker = BatchMaker(
             self.trainer,
             self.parts,
@@ -348,7 +354,7 @@ class RolloutSelection(TrainerCallback):
             generate=self._call["_generate_and_score_completions"],
             log_probs=self._call["_get_per_token_logps_and_entropies"],
             pool=pool,
-            further=further,
+            order=LoaderOrder(self.trainer) if again and pool is None else None,
             seed=self.seed,
         )
         if self.trainer._buffered_inputs is None:  # else a batch goes on that was begun before

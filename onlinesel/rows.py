@@ -53,7 +53,9 @@ class NumberedRows(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, (str, slice, list, tuple, range)):  # columns, for samplers and scripts
+            return self.dataset[index]
         return _numbered(self.dataset[index], index)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:

@@ -1,5 +1,10 @@
 """Refill: keep the batch full when a gate drops groups, within stated bounds.
 
+The problems are those that the loader would give next: a curriculum stays one, and no problem comes
+twice before all have come. The trainer's epochs count the loader's own batches, so with a refill
+the data are gone through sooner than ``num_train_epochs`` says. A stream is read a second time for
+it, besides the loader's own reading.
+
 The rule is pure: it sees counts that are equal on all ranks, and never a clock, so that every rank
 generates equally often.
 """

@@ -96,6 +96,7 @@ def make_grpo_trainer(
     model: Any = None,
     rewards: Any = outcome,
     known: bool = True,
+    stream: bool = False,
     kind: Any = GRPOTrainer,
     **changes: Any,
 ) -> GRPOTrainer:
@@ -107,6 +108,7 @@ def make_grpo_trainer(
         model: By default a tiny Llama.
         rewards: Reward functions.
         known: Whether completions are those of :func:`written` instead of sampled ones.
+        stream: Whether the problems are a stream.
         kind: Class of the trainer.
         **changes: Arguments of the configuration.
     """
@@ -120,11 +122,12 @@ def make_grpo_trainer(
         "shuffle_dataset": False,
         **changes,
     }
+    dataset = Dataset.from_list(make_problems(rights))
     trainer = kind(
         make_model() if model is None else model,
         reward_funcs=rewards,
         args=GRPOConfig(**arguments(folder, **values)),
-        train_dataset=Dataset.from_list(make_problems(rights)),
+        train_dataset=dataset.to_iterable_dataset() if stream else dataset,
         processing_class=make_tokenizer(),
     )
     if known:

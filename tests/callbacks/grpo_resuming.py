@@ -47,6 +47,8 @@ def cases() -> dict[str, dict[str, Any]]:
     sampled = {"known": False, "rewards": word_parity}
     return {
         "gate-refill": {**FULL},
+        "refill-shuffled": {**FULL, "shuffle_dataset": True},
+        "refill-stream": {**FULL, "stream": True, "shuffle_dataset": True},
         "replace": {"gate": ZeroVariance(), "refill": Refill(max_rounds=0, on_short="replace")},
         "annealed": {"gate": When(PassRateBand(0.25, 0.75, anneal=5), start=2)},
         "uniform": {**FULL, "prompts": UniformPrompts()},

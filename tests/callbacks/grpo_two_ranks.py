@@ -27,8 +27,11 @@ from tests.callbacks.grpo_hosts import (
     GMPOTrainer,
     OwnLoss,
     attach,
+    code_ok,
+    first_of_tasks,
     losses,
     make_grpo_trainer,
+    math_ok,
     outcome,
     rows,
     spy,
@@ -65,6 +68,14 @@ def scenarios() -> dict[str, dict[str, Any]]:
         "none-kept": {"rights": (0, 4, 0, 4), **GATE},
         "refilled": {"rights": MANY, **REFILL},
         "straddling": {"rights": MANY, **REFILL, "group_rows": 12},
+        "stream": {"rights": MANY, **REFILL, "stream": True, "max_steps": 3},
+        "shuffled": {"rights": MANY, **REFILL, "shuffle_dataset": True, "max_steps": 3},
+        "tasks": {
+            "rights": MANY,
+            **REFILL,
+            "rewards": [math_ok, code_ok],
+            "outcome": first_of_tasks,
+        },
         "slices": {"rights": MANY, **REFILL, "group_rows": 16, "steps_per_generation": 2},
         "carried": {
             "rights": MANY,
@@ -108,7 +119,9 @@ def scenarios() -> dict[str, dict[str, Any]]:
 
 
 def run(folder: Path, name: str, options: dict[str, Any]) -> None:
-    parts = ("gate", "refill", "prompts", "rollouts", "advantages", "tokens", "temperature")
+    parts = (
+        "gate", "refill", "prompts", "rollouts", "advantages", "tokens", "temperature", "outcome",
+    )  # fmt: skip
     chosen = {key: options.pop(key) for key in parts if key in options}
     total = options.pop("group_rows", 16) // options.get("steps_per_generation", 1)
     options.setdefault("max_steps", 1)

@@ -120,6 +120,11 @@ def test_an_old_trl_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (
             {"rights": (2, 2)},
             {"gate": ZeroVariance(), "refill": Refill()},
+            "train_dataset must be of at least 4 problems for batches of 2, got 2",
+        ),
+        (
+            {"rights": (2, 2), "shuffle_dataset": True},
+            {"gate": ZeroVariance(), "refill": Refill()},
             "train_dataset must be of at least 3 problems for batches of 2, got 2",
         ),
         (

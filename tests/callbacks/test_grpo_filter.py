@@ -218,11 +218,11 @@ def test_refill_stops_at_its_bounds(tmp_path: Path) -> None:
 
 
 def test_refill_ends_with_the_data(tmp_path: Path) -> None:
-    trainer = make_grpo_trainer(tmp_path, (0, 0, 4, 4, 2), **ALL)
+    trainer = make_grpo_trainer(tmp_path, (0, 0, 4, 4, 2, 0), **ALL)
     attach(trainer, gate=ZeroVariance(), refill=Refill(max_rounds=50))
     trainer.train()
     log = trainer.state.log_history[0]
-    assert log["rollouts/rollouts"] == 20 and log["rollouts/short"] == 2
+    assert log["rollouts/rollouts"] == 24 and log["rollouts/short"] == 2
 
 
 def test_left_over_groups_train_once_in_the_next_batch(tmp_path: Path) -> None:
