@@ -11,39 +11,22 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from onlinesel.kernels._measured import MEASURED, Measured, measured_row
 from onlinesel.kernels._product import full_precision
 from onlinesel.kernels._state import LogitState
 from onlinesel.kernels._stream import stream_state
 from onlinesel.kernels.head import LMHead
 
-__all__ = ["BACKENDS", "MEASURED", "Measured", "backend_for", "choose_backend", "logit_state"]
+__all__ = [
+    "BACKENDS", "MEASURED", "Measured", "backend_for", "choose_backend", "interpreting",
+    "logit_state",
+]  # fmt: skip
 
 BACKENDS = ("auto", "torch", "tile", "triton")
-
-
-class Measured(NamedTuple):
-    """One measurement: the fastest backend of a kind of head on a kind of device.
-
-    Attributes:
-        capability: Compute capability of the device, such as (9, 0).
-        dtype: Dtype of hidden states and weight.
-        width: Largest hidden size it stands for; the narrowest fitting row of the table counts.
-        backend: The fastest, ``"tile"`` or ``"triton"``.
-    """
-
-    capability: tuple[int, int]
-    dtype: torch.dtype
-    width: int
-    backend: str
-
-
-# Empty because no GPU has run these kernels yet. A row enters with the command that gave it.
-MEASURED: tuple[Measured, ...] = ()
 
 
 def choose_backend(
@@ -90,7 +73,7 @@ def choose_backend(
             return "torch"
         if tiled:
             return "tile"
-        return _fastest(torch.cuda.get_device_capability(device), dtype, width, measured)
+        return _fastest(measured_row(device, dtype, width, measured))
     if dtype == torch.float64:
         raise ValueError(
             f'{owner}: backend must be "torch" for float64 inputs, got {backend!r}. '
@@ -100,7 +83,7 @@ def choose_backend(
         raise ImportError(
             f'{owner}: backend {backend!r} needs triton: pip install "onlinesel[triton]".'
         )
-    if device.type != "cuda" and not _interpreting():
+    if device.type != "cuda" and not interpreting():
         raise ValueError(
             f'{owner}: backend must be "torch" or "auto" on {device.type}, got {backend!r}. '
             "Triton kernels need a CUDA device."
@@ -125,21 +108,11 @@ def backend_for(
     return choose_backend(owner, backend, states.device, dtype, head.hidden_size, tiled=tiled)
 
 
-def _fastest(
-    capability: tuple[int, int],
-    dtype: torch.dtype,
-    width: int,
-    measured: Sequence[Measured] | None,
-) -> str:
-    rows = [
-        row
-        for row in (MEASURED if measured is None else measured)
-        if (row.capability, row.dtype) == (capability, dtype) and width <= row.width
-    ]
-    return min(rows, key=lambda row: row.width).backend if rows else "tile"
+def _fastest(row: Measured | None) -> str:
+    return "tile" if row is None else row.backend
 
 
-def _interpreting() -> bool:
+def interpreting() -> bool:
     """Return whether Triton runs its kernels on the CPU, which is for tests."""
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
 

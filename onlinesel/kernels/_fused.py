@@ -7,68 +7,20 @@ token's numbers do not depend on the other tokens of the call, and two runs agre
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from onlinesel.kernels._blocks import Blocks, default_blocks, shared_memory
+from onlinesel.kernels._measured import measured_row
 from onlinesel.kernels._state import LogitState, empty_state
 from onlinesel.kernels._tile import LARGE, shaped
 from onlinesel.kernels.head import LMHead
 
-__all__ = ["Blocks", "default_blocks", "fused_kernel", "fused_state", "merge_kernel"]
+__all__ = ["fused_kernel", "fused_state", "merge_kernel"]
 
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
-
-
-class Blocks(NamedTuple):
-    """Sizes of the fused kernel.
-
-    Attributes:
-        tokens: Tokens of a program.
-        entries: Vocabulary entries of a tile.
-        depth: Hidden units of one step of the product.
-        warps: Warps of a program.
-        stages: Steps of the product whose loads are in flight.
-        tiles: Tiles of a split.
-        together: Blocks of tokens that share one read of the weight: their hidden states should
-            fit the cache of the device beside it.
-        described: Load through tensor descriptors, which Hopper's copy engine (TMA) serves. Off
-            everywhere: compiled for Hopper it spills no register where plain loads spill a few,
-            but no GPU has told whether it is faster.
-    """
-
-    tokens: int
-    entries: int
-    depth: int
-    warps: int
-    stages: int
-    tiles: int = 32
-    together: int = 16
-    described: bool = False
-
-
-def default_blocks(dtype: torch.dtype, shared: int) -> Blocks:
-    """Return sizes that compile without harmful spills and fit; they are not tuned, see the tests.
-
-    Args:
-        dtype: Of hidden states and weight.
-        shared: Bytes of shared memory that a program may use.
-    """
-    if dtype == torch.float32:  # multiplied without tensor cores, which would round to TF32
-        return Blocks(32, 64, 32, 4, 3, tiles=128, together=64)
-    if shared < 200 * 1024:  # before Hopper, whose product alone keeps the wide tile in registers
-        return Blocks(128, 128, 32, 8, 3, tiles=64)
-    return Blocks(128, 256, 64, 8, 3)
-
-
-def _shared_memory(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2**20  # the interpreter has no limit
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
 
 
 @triton.jit
@@ -110,16 +62,32 @@ def _described(matrix, rows, width, stride, ROWS: tl.constexpr, DEPTH: tl.conste
     return tl.make_tensor_descriptor(matrix, [rows, width], [stride, 1], [ROWS, DEPTH])
 
 
+# Triton 3.6 forgets that the shape of a descriptor is constant, so it is given once more.
 @triton.jit
-def _described_product(h_tiles, w_tiles, row, column, width, UPCAST: tl.constexpr):
+def _described_product(
+    h_tiles, w_tiles, row, column, width, UPCAST: tl.constexpr, TOKENS: tl.constexpr,
+    ENTRIES: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """Return the tile at (row, column) of H W^T; what lies outside H or W is loaded as 0."""
-    z = tl.zeros([h_tiles.block_shape[0], w_tiles.block_shape[0]], tl.float32)
-    for k in range(0, width, h_tiles.block_shape[1]):
+    z = tl.zeros([TOKENS, ENTRIES], tl.float32)
+    for k in range(0, width, DEPTH):
         h, w = h_tiles.load([row, k]), w_tiles.load([column, k])
         if UPCAST:  # the interpreter multiplies bfloat16 by its bits
             h, w = h.to(tl.float32), w.to(tl.float32)
         z = tl.dot(h, w.T, z, input_precision="ieee")
     return z
+
+
+@triton.jit
+def _store(at, count, real, y, m, s, q, u, SQUARES: tl.constexpr, SPREAD: tl.constexpr):
+    """Write the five fields of a summary, each ``count`` behind the one before."""
+    tl.store(at, y, mask=real)
+    tl.store(at + count, m, mask=real)
+    tl.store(at + 2 * count, s, mask=real)
+    if SQUARES:
+        tl.store(at + 3 * count, q, mask=real)
+    if SPREAD:
+        tl.store(at + 4 * count, u, mask=real)
 
 
 # A kernel for one token and one for 16 n tokens more would only be compiled more often.
@@ -152,7 +120,9 @@ def fused_kernel(
         columns = start + tl.arange(0, ENTRIES)
         known = columns < vocab
         if DESCRIBED:
-            z = _described_product(h_tiles, w_tiles, block * TOKENS, start, width, UPCAST)
+            z = _described_product(
+                h_tiles, w_tiles, block * TOKENS, start, width, UPCAST, TOKENS, ENTRIES, DEPTH
+            )
         else:
             w_at = weight + columns.to(tl.int64)[None, :] * weight_stride
             z = _product(h_at, w_at, real, known, width, UPCAST, EVEN, TOKENS, ENTRIES, DEPTH)
@@ -177,13 +147,7 @@ def fused_kernel(
     # A maximum of the device may leave a nan out; the sum does not.
     m = tl.where((s != s) & (m < float("inf")), s, m)
     at = out + split.to(tl.int64) * 5 * count + rows
-    tl.store(at, y, mask=real)
-    tl.store(at + count, m, mask=real)
-    tl.store(at + 2 * count, s, mask=real)
-    if SQUARES:
-        tl.store(at + 3 * count, q, mask=real)
-    if SPREAD:
-        tl.store(at + 4 * count, u, mask=real)
+    _store(at, count, real, y, m, s, q, u, SQUARES, SPREAD)
 
 
 @triton.jit(do_not_specialize=["count", "splits"])
@@ -213,17 +177,27 @@ def merge_kernel(
         m = larger
         at += 5 * count
     m = tl.where((s != s) & (m < float("inf")), s, m)
-    tl.store(out + rows, y, mask=real)
-    tl.store(out + count + rows, m, mask=real)
-    tl.store(out + 2 * count + rows, s, mask=real)
-    tl.store(out + 3 * count + rows, q, mask=real)
-    tl.store(out + 4 * count + rows, u, mask=real)
+    _store(out + rows, count, real, y, m, s, q, u, True, True)
+
+
+def _usual_blocks(states: Tensor, weight: Tensor) -> Blocks:
+    """Return the sizes that were measured to be the fastest for such factors, or the default."""
+    row = measured_row(states.device, states.dtype, states.shape[1])
+    if row is not None and row.blocks is not None:
+        if not row.blocks.described or (_describable(states) and _describable(weight)):
+            return row.blocks
+    return default_blocks(states.dtype, shared_memory(states.device))
+
+
+def _describable(matrix: Tensor) -> bool:
+    """Return whether the rows start where a tensor descriptor asks it."""
+    return not (matrix.data_ptr() % 16 or matrix.stride(0) * matrix.itemsize % 16)
 
 
 def _prepare_descriptors(*matrices: Tensor) -> None:
     """Check what a tensor descriptor asks of its matrix, and give triton the memory it takes."""
     for matrix in matrices:
-        if matrix.data_ptr() % 16 or matrix.stride(0) * matrix.itemsize % 16:
+        if not _describable(matrix):
             raise ValueError(
                 "fused_state: described blocks need rows that start at multiples of 16 bytes, got "
                 f"a stride of {matrix.stride(0)} {matrix.dtype}. Leave described out."
@@ -253,7 +227,7 @@ def fused_state(
         states, weight = states.float(), weight.float()
     states = states if states.stride(1) == 1 else states.contiguous()
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    b = blocks or default_blocks(states.dtype, _shared_memory(states.device))
+    b = blocks or _usual_blocks(states, weight)
     if b.described:
         _prepare_descriptors(states, weight)
     splits = triton.cdiv(vocab, b.entries * b.tiles)

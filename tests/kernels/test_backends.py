@@ -10,7 +10,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from onlinesel.kernels import LMHead, TokenScores, VocabShard, token_scores
-from onlinesel.kernels._backend import MEASURED, Measured, _fastest, choose_backend
+from onlinesel.kernels._backend import MEASURED, Measured, choose_backend
+from onlinesel.kernels._blocks import Blocks, candidate_blocks, default_blocks
+from onlinesel.kernels._measured import entry_text, measured_row
 from onlinesel.kernels._state import LogitState, merge_parts, merge_states, state_scores
 from onlinesel.kernels._stream import stream_state
 from tests.kernels.test_token_scores import NUMBERS, naive, sample
@@ -106,16 +108,55 @@ def test_vocabulary_parts_merge_to_the_whole(parts: int) -> None:
             torch.testing.assert_close(scores[name], value, rtol=1e-5, atol=1e-5)
 
 
-def test_the_best_measured_row_decides_and_else_the_tile() -> None:
+def test_the_best_measured_row_decides_and_else_the_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     table = [
         Measured((9, 0), torch.bfloat16, 4096, "tile"),
         Measured((9, 0), torch.bfloat16, 1024, "triton"),
     ]
-    assert _fastest((9, 0), torch.bfloat16, 896, table) == "triton"
-    assert _fastest((9, 0), torch.bfloat16, 1025, table) == "tile"
-    assert _fastest((8, 0), torch.bfloat16, 896, table) == "tile"
-    assert _fastest((9, 0), torch.float16, 896, table) == "tile"
+
+    def fastest(capability: tuple[int, int], dtype: torch.dtype, width: int) -> str:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+        return choose_backend("f", "auto", torch.device("cuda"), dtype, width, table)
+
+    assert fastest((9, 0), torch.bfloat16, 896) == "triton"
+    assert fastest((9, 0), torch.bfloat16, 1025) == "tile"
+    assert fastest((8, 0), torch.bfloat16, 896) == "tile"
+    assert fastest((9, 0), torch.float16, 896) == "tile"
+    assert measured_row(torch.device("cuda"), torch.float16, 1024, table) is None
+    assert measured_row(torch.device("cpu"), torch.bfloat16, 1024, table) is None
     assert all(row.backend in ("tile", "triton") for row in MEASURED)
+
+
+@pytest.mark.parametrize("row", [
+    Measured((9, 0), torch.bfloat16, 896, "triton", Blocks(128, 256, 64, 8, 4, 18, 64, True)),
+    Measured((8, 9), torch.float16, 4096, "tile"),
+])  # fmt: skip
+def test_the_text_of_a_row_is_the_row(row: Measured) -> None:
+    text = entry_text(row, "onlinesel bench blocks\nsome GPU, 2026-11-28")
+    names = {"Measured": Measured, "Blocks": Blocks, "torch": torch}
+    assert eval(f"(\n{text}\n)", names) == (row,)  # as it stands in the table
+    assert text.startswith("    # onlinesel bench blocks\n    # some GPU, 2026-11-28\n    Mea")
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+
+@pytest.mark.parametrize(("kibibytes", "described", "count"), [
+    (227, True, 12), (163, False, 6), (99, False, 6)
+])  # fmt: skip
+def test_candidates_fit_and_begin_with_the_default(
+    kibibytes: int, described: bool, count: int
+) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        found = candidate_blocks(dtype, kibibytes * 1024)
+        assert len(set(found)) == len(found) == count
+        assert found[0] == default_blocks(dtype, kibibytes * 1024)
+        assert any(blocks.described for blocks in found) == described
+        for blocks in found:
+            # 8 MiB at 8,192 tokens and 151,936 entries: five sums of every split, and merged.
+            splits = -(-151_936 // (blocks.entries * blocks.tiles))
+            assert 20 * 8192 * (splits + 4) <= 8 * 2**20, blocks
+            assert blocks.shared_bytes(dtype) <= kibibytes * 1024
+    assert candidate_blocks(torch.float32, 227 * 1024) == (default_blocks(torch.float32, 0),)
 
 
 def test_auto_on_a_cpu_is_torch() -> None:
@@ -234,7 +275,7 @@ def test_loads_by_descriptors_on_a_gpu() -> None:
         pytest.skip("needs the copy engine of Hopper")
     hidden, head, labels = sample(500, 896, 32000, std=7.0, dtype=torch.bfloat16)
     given = (hidden.cuda(), LMHead(head.weight.cuda()), labels.cuda(), None, True, True)
-    blocks = fused.default_blocks(torch.bfloat16, 227 * 1024)
+    blocks = default_blocks(torch.bfloat16, 227 * 1024)
     found = fused.fused_state(*given, blocks._replace(described=True))
     for one, two in zip(found, fused.fused_state(*given, blocks), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-5)

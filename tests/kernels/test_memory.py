@@ -62,7 +62,7 @@ def like_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tile, "tile_kernel", Silent())
     for name in ("fused_kernel", "merge_kernel"):
         monkeypatch.setattr(_fused, name, Silent())
-    monkeypatch.setattr(_fused, "_shared_memory", lambda device: 227 * 1024)
+    monkeypatch.setattr(_fused, "shared_memory", lambda device: 227 * 1024)
     # The operation itself in place of what stands for it among tensors without numbers.
     monkeypatch.setattr(torch.ops.onlinesel, "logit_state", _backend._logit_state_op._init_fn)
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -97,9 +97,9 @@ def test_the_fused_kernel_on_hopper(
 ) -> None:
     import torch
 
-    from onlinesel.kernels import _fused
+    from onlinesel.kernels._blocks import default_blocks
 
-    blocks = _fused.default_blocks(torch.bfloat16, 227 * 1024)
+    blocks = default_blocks(torch.bfloat16, 227 * 1024)
     result = fused(blocks, dtype, everything=everything, even=even)
     found = usage(result, tmp_path)
     assert "wgmma" in result.asm["ptx"]  # the tensor cores of Hopper
@@ -111,9 +111,9 @@ def test_the_fused_kernel_on_hopper(
 def test_the_fused_kernel_with_descriptors_on_hopper(everything: bool, tmp_path: Path) -> None:
     import torch
 
-    from onlinesel.kernels import _fused
+    from onlinesel.kernels._blocks import default_blocks
 
-    blocks = _fused.default_blocks(torch.bfloat16, 227 * 1024)._replace(described=True)
+    blocks = default_blocks(torch.bfloat16, 227 * 1024)._replace(described=True)
     result = fused(blocks, "*bf16", everything=everything)
     found = usage(result, tmp_path)
     assert "cp.async.bulk.tensor" in result.asm["ptx"] and "wgmma" in result.asm["ptx"]
@@ -124,9 +124,9 @@ def test_the_fused_kernel_with_descriptors_on_hopper(everything: bool, tmp_path:
 def test_the_fused_kernel_in_float32(tmp_path: Path) -> None:
     import torch
 
-    from onlinesel.kernels import _fused
+    from onlinesel.kernels._blocks import default_blocks
 
-    result = fused(_fused.default_blocks(torch.float32, 64 * 1024), "*fp32", everything=True)
+    result = fused(default_blocks(torch.float32, 64 * 1024), "*fp32", everything=True)
     assert "tf32" not in result.asm["ptx"]
     assert usage(result, tmp_path)["STACK"] <= 64
 
@@ -135,9 +135,9 @@ def test_the_fused_kernel_in_float32(tmp_path: Path) -> None:
 def test_the_fused_kernel_before_hopper(arch: int, kibibytes: int, tmp_path: Path) -> None:
     import torch
 
-    from onlinesel.kernels import _fused
+    from onlinesel.kernels._blocks import default_blocks
 
-    blocks = _fused.default_blocks(torch.bfloat16, kibibytes * 1024)
+    blocks = default_blocks(torch.bfloat16, kibibytes * 1024)
     result = fused(blocks, "*bf16", everything=True, arch=arch)
     assert "mma.sync" in result.asm["ptx"]
     assert result.metadata.shared <= kibibytes * 1024
@@ -145,9 +145,9 @@ def test_the_fused_kernel_before_hopper(arch: int, kibibytes: int, tmp_path: Pat
 
 
 def test_the_count_sees_spills(tmp_path: Path) -> None:
-    from onlinesel.kernels import _fused
+    from onlinesel.kernels._blocks import Blocks
 
-    crowded = _fused.Blocks(128, 256, 64, 4, 3)  # twice the registers of a thread
+    crowded = Blocks(128, 256, 64, 4, 3)  # twice the registers of a thread
     assert usage(fused(crowded, "*bf16", everything=False), tmp_path)["STACK"] > 64
 
 
