@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from onlinesel.bench._settings import clock
 
@@ -173,25 +172,28 @@ class CountedProducts(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        # Here, because it imports triton, which then can no longer be told to interpret.
+        from torch.utils.flop_counter import flop_registry
+
+        self._formulas = flop_registry
         self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        self.flops += _flops(getattr(func, "_overloadpacket", None), args, kwargs, out)
+        self.flops += self._count(getattr(func, "_overloadpacket", None), args, kwargs, out)
         return out
 
-
-def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
-    name = getattr(packet, "__name__", "")
-    if name.startswith("_scaled_dot_product"):
-        backward = name.endswith("_backward")
-        query, key = args[1:3] if backward else args[:2]
-        batch, heads, length, width = query.shape
-        # Two products forward; five backward, which makes the scores again.
-        return 2 * (5 if backward else 2) * batch * heads * length * key.shape[2] * width
-    formula = flop_registry.get(_SAME.get(packet, packet))
-    return formula(*args, **kwargs, out_val=out) if formula is not None else 0
+    def _count(self, packet: Any, args: Any, kwargs: Any, out: Any) -> int:
+        name = getattr(packet, "__name__", "")
+        if name.startswith("_scaled_dot_product"):
+            backward = name.endswith("_backward")
+            query, key = args[1:3] if backward else args[:2]
+            batch, heads, length, width = query.shape
+            # Two products forward; five backward, which makes the scores again.
+            return 2 * (5 if backward else 2) * batch * heads * length * key.shape[2] * width
+        formula = self._formulas.get(_SAME.get(packet, packet))
+        return formula(*args, **kwargs, out_val=out) if formula is not None else 0
 
 
 # Not in torch's table.

@@ -24,6 +24,7 @@ from onlinesel.bench._measure import (
     in_fresh_process,
     take_turns,
 )
+from onlinesel.kernels._backend import interpreting
 
 __all__ = ["Way", "compare", "fused_head", "liger_scaled", "note_failure", "own_failures"]
 
@@ -41,7 +42,7 @@ class Way:
         prepare: Makes of the inputs the call that is timed. A function of a module, or a partial
             of one, so that a fresh process finds it.
         package: Module that it needs, besides torch.
-        cuda: Whether it needs CUDA.
+        cuda: Whether it needs CUDA, or if it is ours Triton's interpreter.
         ours: Whether it is this project's.
         counted: Whether its products are seen by :class:`CountedProducts`.
         roof: Whether it is only what no way can be faster than: it has no errors and no peak.
@@ -60,7 +61,8 @@ class Way:
         """Return why it cannot run here, None if it can."""
         if self.package is not None and importlib.util.find_spec(self.package) is None:
             return "not installed"
-        return "needs CUDA" if self.cuda and device.type != "cuda" else None
+        able = device.type == "cuda" or (self.ours and interpreting())
+        return "needs CUDA" if self.cuda and not able else None
 
 
 def note_failure(entry: Entry, error: Exception) -> None:

@@ -15,18 +15,28 @@ from torch import Tensor
 from torch.library import opcheck
 from triton.runtime.interpreter import TensorDescHandle
 
+from onlinesel.bench import bench_grpo, bench_scores
 from onlinesel.kernels import LMHead, TokenScores, policy_logprobs, token_scores
 from onlinesel.kernels import _fused as fused
+from onlinesel.kernels import _measured as measured
 from onlinesel.kernels import _tile as tile
+from onlinesel.kernels._blocks import Blocks, candidate_blocks
 from onlinesel.kernels._state import LogitState, merge_states, state_scores
 from tests.kernels.made_heads import in_memory, made_head
 from tests.kernels.test_token_scores import NUMBERS, naive, sample
 
-SMALL = fused.Blocks(16, 32, 16, 4, 2, tiles=2, together=2)  # many tiles, splits and groups
+SMALL = Blocks(16, 32, 16, 4, 2, tiles=2, together=2)  # many tiles, splits and groups
 OUTPUTS = (*NUMBERS, "top1")
+CANDIDATES = [
+    *candidate_blocks(torch.bfloat16, 227 * 1024), *candidate_blocks(torch.bfloat16, 99 * 1024)
+]  # fmt: skip
 BACKENDS = ("tile", "triton")
 # numpy, which plays the device here, warns of every nan and overflow.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    # Triton 3.6 turns arrays of one number into numbers, which numpy 2.4 refuses.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -206,6 +216,55 @@ def test_the_number_of_splits_does_not_matter(tiles: int) -> None:
         hidden, head, labels))  # fmt: skip
 
 
+@pytest.mark.parametrize("blocks", CANDIDATES, ids=str)
+def test_accuracy_with_the_sizes_that_a_search_tries(blocks: Blocks) -> None:
+    # More than one tile, split and step of the product, then more than one block of tokens and
+    # group of blocks; the last of each is not full.
+    split, group = blocks.entries * blocks.tiles, blocks.tokens * blocks.together
+    shapes = [(5, blocks.depth + 8, split + 90, torch.bfloat16), (group + 5, 16, 90, torch.half)]
+    for n, d, v, dtype in shapes:
+        hidden, head, labels = sample(n, d, v, std=7.0, dtype=dtype)
+        labels[0], labels[-1] = 0, v - 1
+        state = fused.fused_state(hidden, head, labels, None, True, True, blocks)
+        scores = TokenScores(labels >= 0, **state_scores(state, OUTPUTS))
+        assert_accurate(scores, naive(hidden, head, labels))
+
+
+def test_the_fused_kernel_takes_the_sizes_of_the_measured_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen: list[Blocks] = []
+    place = fused.fused_kernel
+
+    class Seen:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def launch(*args: Any, **options: Any) -> None:
+                names = ("TOKENS", "ENTRIES", "DEPTH", "num_warps", "num_stages", "TILES")
+                sizes = [options[name] for name in (*names, "TOGETHER", "DESCRIBED")]
+                chosen.append(Blocks(*sizes))
+                place[grid](*args, **options)
+
+            return launch
+
+    narrow, wide = SMALL._replace(entries=16, described=True), SMALL._replace(depth=32)
+    row = (measured.INTERPRETER, torch.float16)
+    table = (
+        measured.Measured(*row, 64, "tile", wide),
+        measured.Measured(*row, 32, "triton", narrow),
+        measured.Measured(*row, 128, "triton"),
+        measured.Measured((9, 0), *row[1:], 16, "triton", wide),
+    )
+    monkeypatch.setattr(measured, "MEASURED", table)
+    monkeypatch.setattr(fused, "fused_kernel", Seen())
+    # Rows of 28 numbers do not begin where descriptors ask it: plain loads, and the usual sizes.
+    for d, expected in ((16, narrow), (28, SMALL), (64, wide), (72, SMALL), (136, SMALL)):
+        hidden, head, labels = sample(9, d, 90, std=4.0, dtype=torch.float16)
+        out = token_scores(hidden, head, labels, backend="triton")
+        assert_accurate(out, naive(hidden, head, labels))
+        assert chosen == [expected], d
+        chosen.clear()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_policy_logprobs_over_each_backend(backend: str) -> None:
     hidden, head, labels = sample(9, 16, 90, std=4.0)
@@ -315,3 +374,15 @@ def test_policy_logprobs_over_heads_that_are_made(kind: str) -> None:
         found.append([*both, *torch.autograd.grad(both[0].sum() + both[1].sum(), wanted)])
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=2e-5)
+
+
+def test_benchmarks_go_through_our_kernels_and_not_through_others() -> None:
+    arguments: dict[str, Any] = {"repeats": 1, "device": "cpu", "memory": False}
+    scores = bench_scores(5, 16, 90, dtype="bfloat16", **arguments)["points"][0]["token_scores"]
+    grpo = bench_grpo(5, 16, 90, dropped=(0.5,), **arguments)["points"][0]["ways"]
+    for backend in BACKENDS:
+        assert scores[backend]["error"]["nll"]["max_abs"] < 5e-5
+        assert grpo[backend]["error"]["states"]["relative"] < 1e-5
+        assert scores[backend]["seconds"] > 0 and grpo[backend]["seconds"] > 0
+    assert scores["liger"]["absent"] in ("needs CUDA", "not installed")
+    assert scores["cut"]["absent"] in ("needs CUDA", "not installed")
