@@ -157,6 +157,25 @@ class TrainingData:
         self._survey(loader)
         return loader
 
+    def described(self) -> dict[str, Any]:
+        """Return rows of a step, steps of an epoch with and without selection, and what ids are.
+
+        Call it after :meth:`loader`.
+        """
+        args, named = self._trainer.args, {to: name for name, to in self._columns.items()}
+        portion = self._portion // self._factor
+        ids = "a hash of each row's content"
+        if ROW_ID in named:
+            own = named[ROW_ID] == ROW_ID
+            ids = "row numbers" if own else f"the column {named[ROW_ID]}"
+        facts = {"rows": portion * self._accumulate, "steps": None, "without": None, "ids": ids}
+        if self._steps:
+            rows = len(self._trainer.train_dataset)
+            batches = rows // portion if args.dataloader_drop_last else -(-rows // portion)
+            facts["steps"] = self._steps
+            facts["without"] = max(-(-batches // self._accumulate), 1)
+        return facts
+
     # Where the run stands -------------------------------------------------------------------
 
     def _survey(self, loader: Any) -> None:

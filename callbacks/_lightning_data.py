@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from onlinesel.agreement import smallest_over_ranks
-from onlinesel.callbacks._source import MicroBatch, StepSource
+from onlinesel.callbacks._micro_batch import MicroBatch
+from onlinesel.callbacks._source import StepSource
 from onlinesel.distributed import world_size
 from onlinesel.loader import CandidateLoader, Candidates
 from onlinesel.order import torch_loader

@@ -5,16 +5,25 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from onlinesel.callbacks._announce import counted, percent, say
 from onlinesel.report.runlog import RunLog
 from onlinesel.selector import describe
 from onlinesel.step import StepPlan
 
-__all__ = ["Means", "Meter", "StepMeter"]
+if TYPE_CHECKING:
+    from onlinesel.callbacks._reuse import ReusedForward
+
+__all__ = ["BRIEF", "Means", "Meter", "StepMeter"]
+
+BRIEF = ("kept_share", "score_share", "score_kept", "nonfinite")
+"""What the log of a step has by default, the last where it is not 0."""
 
 
 class Means:
@@ -50,6 +59,8 @@ class Meter:
     def __init__(self, record: str | Path | RunLog | None, facts: dict[str, Any]) -> None:
         self._record, self._facts = record, facts
         self._log: RunLog | None = None
+        self._opened = False
+        self._writes = True
         self._means = Means()
         self.seconds = self.cpu_seconds = 0.0
         self.rows = 0
@@ -60,6 +71,7 @@ class Meter:
         ``resume_step`` is None unless a checkpoint is resumed: a folder that holds a run already is
         then refused rather than emptied.
         """
+        self._opened, self._writes = False, writes
         if self._record is None or not writes:
             return
         if isinstance(self._record, RunLog):
@@ -68,15 +80,57 @@ class Meter:
         self._log = RunLog(self._record, resume_step=resume_step)
         self._log.start(**self._facts)
 
+    def announce(self, opening: Callable[[], str]) -> None:
+        """Say the line with which a run starts, once, on the one process that writes."""
+        if self._writes and not self._opened:
+            self._opened = True
+            say(f"onlinesel: {opening()}")
+
     def stop(self) -> None:
-        """Close the record."""
+        """Say the line with which a run ends, once, and close the record."""
+        if self._opened:
+            self._opened = False
+            closing = self.closing()
+            if closing is not None:
+                say(f"onlinesel: {closing}")
         if self._log is not None:
             self._log.close()
             self._log = None
 
+    def closing(self) -> str | None:
+        """Return what choosing cost and what was dropped; None before the first step."""
+        raise NotImplementedError
+
+
+@dataclass
+class _Tally:
+    """What the steps of one run came to.
+
+    Attributes:
+        steps: That trained.
+        rows: Candidates that were given weight.
+        candidates: That were decided about.
+        nonfinite: Candidates with a signal that is not finite.
+        choosing: Seconds that choosing took, less what reused forwards saved.
+        seconds: Of all steps.
+    """
+
+    steps: int = 0
+    rows: int = 0
+    candidates: int = 0
+    nonfinite: int = 0
+    choosing: float = 0.0
+    seconds: float = 0.0
+
 
 class StepMeter(Meter):
     """Collect the decisions and times of the steps.
+
+    Args:
+        record: As of :class:`Meter`.
+        facts: As of :class:`Meter`; ``name`` is that of the method.
+        log_all: Whether the log has every number, or those of :data:`BRIEF`.
+        shadow: Whether all candidates train, whatever is decided.
 
     Attributes:
         undefined: Whether the loss of a step was, since the last log.
@@ -86,25 +140,61 @@ class StepMeter(Meter):
     undefined = False
     candidates = 0
 
+    def __init__(
+        self,
+        record: str | Path | RunLog | None,
+        facts: dict[str, Any],
+        *,
+        log_all: bool = False,
+        shadow: bool = False,
+    ) -> None:
+        super().__init__(record, facts)
+        self._log_all, self._trained = log_all, "would have trained" if shadow else "trained"
+        self._tally = _Tally()
+        self._asked: set[str] = set()
+
     def start(self, resume_step: int | None, writes: bool) -> None:
         """Begin a run, with the record as :meth:`open` does."""
         self._means.drain()
-        self._plan, self.undefined = None, False
+        self._plan, self._saved, self.undefined = None, 0.0, False
+        self._tally = _Tally()
         self.open(resume_step, writes)
 
     def fetch(self) -> None:
         """Note that a step begins, with the loading of its candidates."""
         self._began = time.perf_counter(), time.process_time()
 
+    def deciding(
+        self,
+        plan: Callable[[], StepPlan],
+        reuse: ReusedForward | None,
+        batches: Sequence[dict[str, Any]],
+    ) -> StepPlan:
+        """Let a step be decided, and note its decisions.
+
+        Args:
+            plan: Decides.
+            reuse: Holds the layers' outputs of the scoring forward, if they are to be reused.
+            batches: The candidates, changed in place where they are.
+        """
+        self._saved = 0.0
+        if reuse is None:
+            planned = plan()
+        else:
+            planned, numbers = reuse.decide(batches, plan)
+            self._saved = reuse.saved_seconds
+            self._asked |= numbers.keys()
+            self._means.add(**numbers)
+        self.decided(planned)
+        return planned
+
     def decided(self, plan: StepPlan) -> None:
         """Note a step's decisions."""
         self._plan = plan
         for signals, selection in plan.decisions:
-            self._means.add(**describe(signals, selection))
-
-    def note(self, **values: float) -> None:
-        """Note numbers for the log."""
-        self._means.add(**values)
+            found = describe(signals, selection)
+            self._tally.nonfinite += int(found.get("nonfinite", 0))
+            self._means.add(**found)
 
     def end(self, step: int) -> None:
         """Note that the step which was decided has trained."""
@@ -115,13 +205,37 @@ class StepMeter(Meter):
         seconds = time.perf_counter() - wall
         self.seconds += seconds
         self.cpu_seconds += time.process_time() - cpu
-        self.rows += sum(int((s.weights > 0).sum()) for _, s in plan.decisions)
-        self.candidates += sum(s.size for s, _ in plan.decisions)
-        self._means.add(score_seconds=plan.seconds, step_seconds=seconds)
+        rows = sum(int((s.weights > 0).sum()) for _, s in plan.decisions)
+        candidates = sum(s.size for s, _ in plan.decisions)
+        self.rows += rows
+        self.candidates += candidates
+        choosing = max(plan.seconds - self._saved, 0.0)
+        self._means.add(score_seconds=plan.seconds, choosing=choosing, step_seconds=seconds)
+        tally = self._tally
+        tally.steps, tally.seconds = tally.steps + 1, tally.seconds + seconds
+        tally.rows, tally.candidates = tally.rows + rows, tally.candidates + candidates
+        tally.choosing += choosing
         if self._log is not None:
-            self._write(self._log, plan, step, seconds)
+            self._write(self._log, plan, step, (choosing, seconds))
 
-    def _write(self, log: RunLog, plan: StepPlan, step: int, seconds: float) -> None:
+    def closing(self) -> str | None:
+        """Return what choosing cost and what was dropped; None before the first step."""
+        tally = self._tally
+        if not tally.steps:
+            return None
+        share = tally.choosing / max(tally.seconds, 1e-9)
+        line = (
+            f"{self._facts['name']} {self._trained} {tally.rows:,} of {tally.candidates:,} "
+            f"candidate rows in {counted(tally.steps, 'step')} and dropped "
+            f"{tally.candidates - tally.rows:,}; choosing took {tally.choosing:,.3g} s, "
+            f"{percent(share)} of the steps' {tally.seconds:,.3g} s: it saves time if it needs at "
+            f"most {percent(1 - share)} of the steps that uniform rows need"
+        )
+        if tally.nonfinite:
+            line += f"; {counted(tally.nonfinite, 'row')} had a score that is not finite"
+        return line
+
+    def _write(self, log: RunLog, plan: StepPlan, step: int, seconds: tuple[float, float]) -> None:
         signals, selections = zip(*plan.decisions, strict=True)
         scores = [s.scores for s in selections if s.scores is not None]
         log.choice(
@@ -137,8 +251,8 @@ class StepMeter(Meter):
             cpu_seconds=self.cpu_seconds,
             rows=self.rows,
             candidates=self.candidates,
-            score_seconds=plan.seconds,
-            step_seconds=seconds,
+            score_seconds=seconds[0],
+            step_seconds=seconds[1],
         )
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
@@ -170,13 +284,16 @@ class StepMeter(Meter):
 
         ``score_share`` is the part of a step spent on choosing. ``break_even`` is the share of the
         optimizer steps of uniform training that the method may need at most before it costs more
-        time than it saves. Where the scoring forward is reused, both count a forward as choosing
-        that uniform training would do as well, and so make choosing look dearer than it is.
+        time than it saves. Where the scoring forward is reused, what it saves of the training
+        forward does not count as choosing: uniform training would do that as well.
         """
         result = self._means.drain()
         if "step_seconds" not in result:
             return {}
         whole = result.pop("step_seconds")
-        result["score_share"] = result["score_seconds"] / whole
+        result["score_share"] = result.pop("choosing") / whole
         result["break_even"] = 1.0 - result["score_share"]
-        return {f"selection/{name}": value for name, value in result.items()}
+        if not result.get("nonfinite", 1.0):
+            del result["nonfinite"]
+        wanted = result if self._log_all else {*BRIEF, *self._asked}
+        return {f"selection/{n}": value for n, value in result.items() if n in wanted}

@@ -27,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from onlinesel.batch import rows_in
 from onlinesel.callbacks import _attach
 from onlinesel.callbacks._replay import HELD, SCORER, Audit, HeldRows, check_limit, refuse
+from onlinesel.callbacks._stopwatch import Stopwatch
 from onlinesel.distributed import rank
 from onlinesel.padding import token_width
 from onlinesel.step import StepPlan
@@ -100,6 +101,8 @@ class ReusedForward:
         self._called: list[nn.Module] = []
         self._audit = Audit()
         self._bytes = 0
+        self._watch = Stopwatch()
+        self.saved_seconds = 0.0
 
     def decide(
         self, batches: Sequence[Batch], plan: Callable[[], StepPlan]
@@ -136,6 +139,7 @@ class ReusedForward:
         """
         self._candidates, self._called = [], []
         self._bytes = 0
+        self._watch.reset()
         first = (rank() + 1) << _RANK_BITS
         for batch in batches:
             size, width = rows_in(batch, "reuse_forward"), token_width(batch)
@@ -177,7 +181,8 @@ class ReusedForward:
             layer.register_forward_hook(hold, with_kwargs=True, prepend=True) for layer in layers
         ]
         try:
-            yield
+            with self._watch.running(mine.source.device):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -213,7 +218,8 @@ class ReusedForward:
                 give way to what is held for them.
 
         Returns:
-            The share of their rows that is not forwarded again, and the GiB that were held.
+            The share of their rows that is not forwarded again, and the GiB that were held. What
+            that saves is in ``saved_seconds``.
         """
         parts = [_Part(batch, self._candidates) for batch in batches]
         values: list[list[Tensor | None]] = [[] for _ in parts]
@@ -223,12 +229,17 @@ class ReusedForward:
             for candidates in self._candidates:  # call by call, so that little is there twice
                 if candidates.outputs is not None:
                     candidates.outputs[call] = torch.empty(0)
-        rows = reused = 0
+        rows = reused = places = 0
         for batch, part, found in zip(batches, parts, values, strict=True):
             rows += part.known.shape[0]
             if found:  # also where no row is held: all ranks must build the same graph
                 batch[HELD] = HeldRows(self._called, found, part.known, part.fresh, self._audit)
-                reused += part.known.shape[0] - part.fresh.shape[0]
+                held = part.known.shape[0] - part.fresh.shape[0]
+                reused += held
+                places += held * part.known.shape[1]
+        scored = sum(candidates.source.numel() for candidates in self._candidates)
+        # The forward that those rows do not need any more, at the pace of the scoring forward.
+        self.saved_seconds = self._watch.seconds() * places / scored
         return {"reused_share": reused / rows, "held_gib": self._bytes / 2**30}
 
 

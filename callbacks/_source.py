@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from onlinesel.agreement import check_candidates, check_settings
 from onlinesel.batch import count_labels, is_causal
+from onlinesel.callbacks._announce import epoch_steps, opening
 from onlinesel.callbacks._meter import StepMeter
-from onlinesel.callbacks._replay import HELD, SCORER, HeldRows, Replay, check_limit
+from onlinesel.callbacks._micro_batch import MicroBatch
+from onlinesel.callbacks._replay import HELD, SCORER, check_limit
 from onlinesel.callbacks._replay import refuse as refuse_reuse
 from onlinesel.columns import map_tensors
 from onlinesel.distributed import gather_signals, rank, world_size
@@ -26,59 +28,14 @@ from onlinesel.scoring import CausalLMScorer, evaluating, unwrap
 from onlinesel.selector import Selector
 from onlinesel.step import SCOPES, StepPlan, StepPlanner
 from onlinesel.types import Signals, Strategy
-from onlinesel.weights import Weighing
 
 if TYPE_CHECKING:
     from onlinesel.callbacks._reuse import ReusedForward
 
-__all__ = ["MicroBatch", "Score", "StepSource"]
+__all__ = ["Score", "StepSource"]
 
 Score = Callable[[Any, Any], Signals | Tensor]
 """``(model, batch) -> Signals``, or the ``(N,)`` losses of the rows."""
-
-
-class MicroBatch:
-    """Rows that train together.
-
-    Attributes:
-        batch: In the structure that the loader gives.
-        ids: ``(N,)`` int64.
-        weights: ``(N,)``; 0 for a row that only keeps its rank in step with the others.
-        last: Whether it is the last of its optimizer step.
-        weighing: Turns the losses of its rows into its part of the step's loss.
-        used: Whether it has.
-        value: Its part of the step's loss, detached, once :meth:`loss` was called.
-    """
-
-    weighing: Weighing
-
-    def __init__(self, batch: Any, ids: Tensor, weights: Tensor, last: bool) -> None:
-        self.batch, self.ids, self.weights, self.last = batch, ids, weights, last
-        self.used = False
-        self.value: Tensor | None = None
-        self._held: HeldRows | None = None
-
-    def training(self) -> Replay:
-        """Return what its one training forward must run in."""
-        held, self._held = self._held, None
-        return Replay(held)
-
-    def loss(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return this micro-batch's part of the step's loss: call ``backward()`` on it.
-
-        The parts of all micro-batches and ranks add up to ``sum_i w_i sum_t loss_it / D``.
-
-        Args:
-            losses: ``(N,)`` mean loss of each row, or ``(N, T)`` loss of each token.
-            mask: ``(N, T)`` True where the token is labelled; without it, the losses of other
-                tokens must be 0, as :func:`onlinesel.token_losses` gives them.
-
-        Returns:
-            Scalar, differentiable, already multiplied by what the engine divides by.
-        """
-        loss = self.weighing(losses, mask)
-        self.value = loss.detach() / self.weighing.factor
-        return loss
 
 
 class StepSource:
@@ -107,6 +64,7 @@ class StepSource:
         record: str | Path | RunLog | None,
         reuse_forward: bool,
         reuse_limit: float | None,
+        log_all: bool,
     ) -> None:
         check_limit(reuse_forward, reuse_limit)
         if reuse_forward and score is not None:
@@ -137,7 +95,7 @@ class StepSource:
         self._moves_order = bool(told)
         self.observing = bool(self.strategy.observes) or self._moves_order
         name = {"name": type(self.strategy).__name__}
-        self.meter = StepMeter(record, self.facts() | name)
+        self.meter = StepMeter(record, self.facts() | name, log_all=log_all)
 
     def facts(self) -> dict[str, Any]:
         """Return the settings that a checkpoint is held against and that ranks must share."""
@@ -265,10 +223,21 @@ class StepSource:
             )  # fmt: skip
         return Signals(loss=found)
 
+    def _opening(self) -> str:
+        """Return the line with which a run starts."""
+        steps, without = epoch_steps(self.reader)
+        return opening(
+            self.strategy, self._core, candidates=self.candidates, rows=self.reader.step_rows(),
+            steps=steps, without=without, ids=self.reader.identity, reference=self._reference,
+            own_scorer=self._score is not None, reused=self._reuse is not None,
+            checkpointing=bool(getattr(self._core, "is_gradient_checkpointing", False)),
+        )  # fmt: skip
+
     # One step -------------------------------------------------------------------------------
 
     def plan(self, window: Sequence[Candidates], step: int) -> StepPlan:
         """Decide about the candidates of one step, on the model's device."""
+        self.meter.announce(self._opening)
         for part in window:
             self._check_columns(part.columns)
         self._rebuild, self._before = window[0].rebuild, self.selector.state_dict()
@@ -276,12 +245,7 @@ class StepSource:
         groups = None if window[0].groups is None else [_present(part.groups) for part in window]
         ids = [part.ids for part in window]
         decide = partial(self._planner.plan, batches, ids, step, groups)
-        if self._reuse is None:
-            plan = decide()
-        else:
-            plan, numbers = self._reuse.decide(batches, decide)
-            self.meter.note(**numbers)
-        self.meter.decided(plan)
+        plan = self.meter.deciding(decide, self._reuse, batches)
         self._seen, self.open = [], True
         return plan
 

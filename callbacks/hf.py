@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from onlinesel.agreement import check_candidates
 from onlinesel.callbacks import _attach
+from onlinesel.callbacks._announce import opening
 from onlinesel.callbacks._fused import FusedHeadScorer
 from onlinesel.callbacks._hf_batches import RowBatches
 from onlinesel.callbacks._hf_data import TrainingData
@@ -112,6 +113,8 @@ class OnlineSelection(TrainerCallback):
             another rank are forwarded again.
         reuse_limit: GiB that may be held at most on each rank; what does not fit is forwarded
             again. None for no bound.
+        log_all: Log every number about the decisions; by default the kept share, the share of the
+            step, the mean score of the rows kept and, where there are any, non-finite rows.
 
     Raises:
         ValueError: The arguments, the trainer or its settings cannot give exact selection, or
@@ -147,6 +150,7 @@ class OnlineSelection(TrainerCallback):
         record: str | Path | RunLog | None = None,
         reuse_forward: bool = False,
         reuse_limit: float | None = None,
+        log_all: bool = False,
     ) -> None:
         _attach.check_ranks(
             trainer, strategy=strategy, candidates=candidates, scope=scope, normalize=normalize,
@@ -178,17 +182,16 @@ class OnlineSelection(TrainerCallback):
             sampler=self._domains,
         )  # fmt: skip
         apart = _attach.is_sft(trainer) and _attach.is_zero3(trainer)
+        needs = [name for name in strategy.needs if name != "group"]  # which rides in the batch
         self._scorer = scorer or (FusedHeadScorer if apart else CausalLMScorer)(
-            [name for name in strategy.needs if name != "group"],  # which rides in the batch
-            reference=reference,
-            **strategy.scorer_options,
+            needs, reference=reference, **strategy.scorer_options
         )
-        self._meter = StepMeter(record, self._facts() | {"name": type(strategy).__name__})
+        facts = self._facts() | {"name": type(strategy).__name__}
+        self._meter = StepMeter(record, facts, log_all=log_all, shadow=shadow)
         self._trained, self._rows = TrainedLosses(), RowBatches()
         check_candidates("OnlineSelection", strategy, candidates)
-        methods = {name: getattr(self, f"_on_{name}") for name in _WRAPPED}
         self._call = {name: getattr(trainer, name) for name in _WRAPPED}
-        self._before = _attach.wrap(trainer, methods)
+        self._before = _attach.wrap(trainer, {n: getattr(self, f"_on_{n}") for n in _WRAPPED})
 
     def detach(self) -> None:
         """Take the callback off its trainer, which is then as it was before.
@@ -209,14 +212,25 @@ class OnlineSelection(TrainerCallback):
 
     def _on_get_train_dataloader(self) -> Any:
         """Build the trainer's own loader over candidates, with ids in the batches."""
-        return self._data.loader(self._call["get_train_dataloader"])
+        loader = self._data.loader(self._call["get_train_dataloader"])
+        if self._running:  # and not only looked at
+            self._meter.announce(self._opening)
+        return loader
+
+    def _opening(self) -> str:
+        """Return the line with which a run starts."""
+        return opening(
+            self.selector.strategy, self.trainer.model, candidates=self.candidates,
+            reference=self._reference, own_scorer=not isinstance(self._scorer, CausalLMScorer),
+            checkpointing=self.trainer.args.gradient_checkpointing, shadow=self.shadow,
+            reused=self._reuse is not None, **self._data.described(),
+        )  # fmt: skip
 
     def _planned(self, rows: int) -> Callable[[int], Tensor] | None:
         """Return the strategy's plan of each epoch, None if it plans none."""
-        strategy = self.selector.strategy
-        if strategy.epoch_plan(rows, epoch=0, seed=self.seed) is None:
+        plan: Callable[..., Any] = self.selector.strategy.epoch_plan
+        if plan(rows, epoch=0, seed=self.seed) is None:
             return None
-        plan: Callable[..., Any] = strategy.epoch_plan
         return lambda epoch: plan(rows, epoch=epoch, seed=self.seed)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -241,12 +255,7 @@ class OnlineSelection(TrainerCallback):
         columns, ids, groups = self._rows.take_apart(batches)
         step = self.trainer.state.global_step
         decide = partial(self._plan(device).plan, columns, ids, step, groups)
-        if self._reuse is None:
-            plan = decide()
-        else:
-            plan, numbers = self._reuse.decide(columns, decide)
-            self._meter.note(**numbers)
-        self._meter.decided(plan)
+        plan = self._meter.deciding(decide, self._reuse, columns)
         self._trained.begin(plan.ids, plan.batches)
         if self.shadow:
             for batch in batches:
@@ -260,14 +269,10 @@ class OnlineSelection(TrainerCallback):
         if self._planner is None:
             tokenizer = getattr(self.trainer, "processing_class", None)
             self._planner = StepPlanner(
-                self.selector,
-                self._score,
-                candidates=self.candidates,
-                scope=self.scope,
-                normalize=self.normalize,
+                self.selector, self._score, candidates=self.candidates, scope=self.scope,
+                normalize=self.normalize, device=device,
                 pad_id=getattr(tokenizer, "pad_token_id", None) or 0,
-                device=device,
-            )
+            )  # fmt: skip
         return self._planner
 
     def _score(self, batch: dict[str, Any], needs: Sequence[str]) -> Signals:
@@ -320,8 +325,7 @@ class OnlineSelection(TrainerCallback):
         if "loss" in logs:
             self._meter.tell(logs)
             if self._domains is not None:
-                shares = self._domains.metrics()
-                logs.update({f"selection/{name}": value for name, value in shares.items()})
+                logs |= {f"selection/{name}": v for name, v in self._domains.metrics().items()}
         self._call["log"](logs, *args, **kwargs)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -33,8 +33,9 @@ from onlinesel.callbacks._lightning_run import (
     needs_weighted_mean,
     through_strategy,
 )
+from onlinesel.callbacks._micro_batch import MicroBatch
 from onlinesel.callbacks._replay import Replay
-from onlinesel.callbacks._source import MicroBatch, Score, StepSource
+from onlinesel.callbacks._source import Score, StepSource
 from onlinesel.columns import as_columns
 from onlinesel.distributed import rank
 from onlinesel.loader import CandidateLoader, Candidates
@@ -85,6 +86,7 @@ class OnlineSelection(Callback):
         reuse_forward: Let the scoring forward be the training forward as well, for transformers'
             models with gradient checkpointing: see the Trainer's ``OnlineSelection``.
         reuse_limit: GiB of layer outputs that may be held for it on each rank, or None.
+        log_all: Log every number about the decisions: see the Trainer's ``OnlineSelection``.
 
     Attributes:
         step: Optimizer steps so far.
@@ -137,12 +139,13 @@ class OnlineSelection(Callback):
         record: str | Path | RunLog | None = None,
         reuse_forward: bool = False,
         reuse_limit: float | None = None,
+        log_all: bool = False,
     ) -> None:
         self._make = partial(
             StepSource, "OnlineSelection", strategy, candidates=candidates, scope=scope,
             normalize=normalize, seed=seed, score=score, ids=ids, groups=groups, order=order,
             reference=reference, record=record, reuse_forward=reuse_forward,
-            reuse_limit=reuse_limit,
+            reuse_limit=reuse_limit, log_all=log_all,
         )  # fmt: skip
         self._source = self._make()
         self._score, self._order, self._accumulate = score, order, accumulate
@@ -222,8 +225,7 @@ class OnlineSelection(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Put everything back after an error or an interrupt."""
-        self._restore()
-        self._source.meter.stop()
+        self.teardown(trainer, pl_module, "fit")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin, or continue where the checkpoint stands, all of which is read by now."""
@@ -250,11 +252,8 @@ class OnlineSelection(Callback):
     def _streamed(self, loader: Any) -> Any:
         """Return what the trainer iterates instead of the loader."""
         data.check_loader(self._trainer, loader, self._order)
-        before = self._stream
-        self._stream = data.Stream(
-            self._trainer, self._source, loader, partial(self._attach, loader, before),
-            self._window_size,
-        )  # fmt: skip
+        attach = partial(self._attach, loader, self._stream)
+        self._stream = data.Stream(self._trainer, self._source, loader, attach, self._window_size)
         return self._stream
 
     def _attach(self, loader: Any, before: data.Stream | None) -> CandidateLoader:

@@ -7,6 +7,7 @@ divided by over all micro-batches and ranks. The loop keeps forward, backward an
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from onlinesel.callbacks._source import MicroBatch, Score, StepSource
+from onlinesel.callbacks._micro_batch import MicroBatch
+from onlinesel.callbacks._source import Score, StepSource
 from onlinesel.distributed import rank, sum_over_ranks, world_size
 from onlinesel.report.runlog import RunLog
 from onlinesel.selector import Selector, describe
@@ -95,6 +97,8 @@ class Steps:
             models with gradient checkpointing: see the Trainer's ``OnlineSelection``. Each
             micro-batch is then forwarded once, inside the loop over the step.
         reuse_limit: GiB of layer outputs that may be held for it on each rank, or None.
+        log_all: Whether :meth:`drain` gives every number about the decisions, and not the kept
+            share, the share of the step and the mean score of the kept rows alone.
         gradient_factor: What the engine divides gradients by, which the losses are multiplied by
             in advance. None finds it: the number of ranks for DDP and FSDP, times the engine's own
             accumulation for DeepSpeed. ``Accelerator`` divides by its own
@@ -145,6 +149,7 @@ class Steps:
         record: str | Path | RunLog | None = None,
         reuse_forward: bool = False,
         reuse_limit: float | None = None,
+        log_all: bool = False,
         gradient_factor: float | None = None,
     ) -> None:
         if type(accumulate) is not int or accumulate < 1:
@@ -155,7 +160,7 @@ class Steps:
         self._source = StepSource(
             "steps", strategy, candidates=candidates, scope=scope, normalize=normalize, seed=seed,
             score=score, ids=ids, groups=groups, order=order, reference=reference, record=record,
-            reuse_forward=reuse_forward, reuse_limit=reuse_limit,
+            reuse_forward=reuse_forward, reuse_limit=reuse_limit, log_all=log_all,
         )  # fmt: skip
         self._model = model
         self._factor = _factor_of(model) if gradient_factor is None else gradient_factor
@@ -164,6 +169,8 @@ class Steps:
         self.step = 0
         self._resumed: int | None = None
         self._recording = False
+        # Also where nobody calls close(): when the steps are let go, or the program ends.
+        weakref.finalize(self, self._source.meter.stop)
 
     @property
     def selector(self) -> Selector:
@@ -227,7 +234,8 @@ class Steps:
         self._source.meter.evaluated(self.step, {"eval_loss": loss})
 
     def close(self) -> None:
-        """Close the record, if there is one."""
+        """Say what choosing cost and what was dropped, and close the record, if there is one."""
+        self._finish()
         self._source.meter.stop()
 
 

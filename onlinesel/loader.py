@@ -171,6 +171,20 @@ class CandidateLoader:
         """Return the number of optimizer steps of an epoch."""
         return -(-self.micro_batches() // self._accumulate())
 
+    def step_rows(self) -> int | None:
+        """Return the rows that train in a whole step over all ranks; None of an unknown loader."""
+        size = getattr(self._batching, "batch_size", None)
+        return None if size is None else size * self._accumulate() * world_size()
+
+    @property
+    def identity(self) -> str:
+        """How rows are told apart, in words."""
+        if self._ids not in ("auto", "hash"):
+            return f"the column {self._ids}"
+        if self._ids == "hash" or self._base is None:
+            return "a hash of each row's content"
+        return "row numbers, or the column sample_id where there is one"
+
     @property
     def _drops_last(self) -> bool:
         return self._batching.drop_last

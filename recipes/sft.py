@@ -114,6 +114,9 @@ class SelectionArguments:
     record: str | None = field(
         default=None, metadata={"help": "Folder for the record that `onlinesel report` reads."}
     )
+    log_all: bool = field(
+        default=False, metadata={"help": "Log every number about the decisions, not three of them."}
+    )
     selection_start: int = field(
         default=0, metadata={"help": "Optimizer steps on uniform rows before the method begins."}
     )
@@ -189,6 +192,7 @@ def make_trainer(
             record=selection.record,
             reuse_forward=selection.reuse_forward,
             reuse_limit=selection.reuse_limit,
+            log_all=selection.log_all,
         )
     )
     if selection.record is not None and trainer.is_world_process_zero():

@@ -148,7 +148,7 @@ def test_rows_with_nan_losses_are_counted_and_never_chosen(tmp_path: Path) -> No
     attach(trainer, TopLoss(), candidates=3, record=tmp_path / "record")
     trainer.train()
     assert poisoned and not poisoned & set(sum((kept(c) for c in choices(tmp_path / "record")), []))
-    counted = sum(h["selection/nonfinite"] for h in trainer.state.log_history if "loss" in h)
+    counted = sum(h.get("selection/nonfinite", 0.0) for h in trainer.state.log_history)
     assert counted == len(poisoned)
     assert torch.isfinite(model.lm_head.weight).all()
 
@@ -361,7 +361,7 @@ def test_bf16_autocast_trains_and_scores(tmp_path: Path) -> None:
 
 def test_the_log_has_the_costs(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_steps=2)
-    attach(trainer, TopLoss(), candidates=2)
+    attach(trainer, TopLoss(), candidates=2, log_all=True)
     trainer.train()
     log = trainer.state.log_history[0]
     assert 0 < log["selection/score_share"] < 1
