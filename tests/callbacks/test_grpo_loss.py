@@ -10,11 +10,14 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM, set_seed
 from trl import GRPOTrainer
 
+from onlinesel.callbacks import _grpo_checks
 from onlinesel.callbacks._grpo_loss import regroup
 from onlinesel.callbacks._grpo_rows import ROWS, TRAINS
-from onlinesel.rl import DRPO, HAPO, Refill, ZeroVariance
+from onlinesel.callbacks.grpo import RolloutSelection
+from onlinesel.rl import Refill, ZeroVariance
 from tests.callbacks.grpo_hosts import (
     GENERATIONS,
     GMPOTrainer,
@@ -256,104 +259,6 @@ def test_a_replaced_batch_loses_nothing_to_an_empty_one(tmp_path: Path) -> None:
     assert losses(trainer) == pytest.approx(losses(alone), abs=1e-6)
 
 
-# Losses of subclasses ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", [OwnLoss, GMPOTrainer])
-def test_without_parts_a_loss_of_ones_own_trains_as_before(tmp_path: Path, kind: Any) -> None:
-    ends = []
-    for callback in (False, True):
-        trainer = make_grpo_trainer(tmp_path, (2, 1, 3), kind=kind, max_steps=2)
-        before = weights(trainer)
-        if callback:
-            attach(trainer)
-        trainer.train()
-        ends.append((weights(trainer), losses(trainer)))
-        assert not torch.equal(before, ends[-1][0])
-    assert torch.equal(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1]
-
-
-class Louder(GRPOTrainer):
-    """TRL's own loss, twice."""
-
-    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
-        return 2.0 * super()._compute_loss(model, inputs)
-
-
-class Copying(GRPOTrainer):
-    """TRL's own loss, of a copy of the batch."""
-
-    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
-        return super()._compute_loss(model, dict(inputs))
-
-
-class Around(GRPOTrainer):
-    """A compute_loss that ends at TRL's."""
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return 2.0 * super().compute_loss(model, dict(inputs))
-
-
-@pytest.mark.parametrize("kind", [Louder, Around])
-def test_token_weights_are_in_a_loss_that_calls_trls(tmp_path: Path, kind: Any) -> None:
-    moved = []
-    for each in (GRPOTrainer, kind):
-        trainer = make_grpo_trainer(tmp_path, (2, 1, 3), kind=each, max_steps=1)
-        attach(trainer, tokens=HAPO())
-        before = weights(trainer)
-        trainer.train()
-        moved.append(before - weights(trainer))
-    assert (moved[1] - 2.0 * moved[0]).norm() / moved[1].norm() < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("kind", "parts", "message"),
-    [
-        (OwnLoss, {"tokens": HAPO()}, "for tokens=, got OwnLoss, which computes its own"),
-        (GMPOTrainer, {"tokens": HAPO()}, r"tokens=, got GMPOTrainer.* Call super\(\)\._compute"),
-        (Copying, {"tokens": HAPO()}, "with the same dictionary, or leave tokens= out"),
-        (GMPOTrainer, {"advantages": DRPO()}, "for advantages=, got GMPOTrainer"),
-        (OwnLoss, {"advantages": DRPO()}, "for advantages=, got OwnLoss"),
-        (OwnLoss, {"fused_logprobs": True}, "Call it in the loss, or set fused_logprobs=False"),
-    ],
-)
-def test_parts_that_need_trls_loss_are_refused_before_a_step(
-    tmp_path: Path, kind: Any, parts: dict[str, Any], message: str
-) -> None:
-    trainer = make_grpo_trainer(tmp_path, (2, 1, 3), kind=kind, max_steps=1)
-    attach(trainer, **({"gate": ZeroVariance()} | parts))
-    before = weights(trainer)
-    with pytest.raises(ValueError, match=message):
-        trainer.train()
-    assert torch.equal(before, weights(trainer))
-
-
-class NoMean(OwnLoss):
-    """A mean over tokens that is nan without any."""
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().compute_loss(model, inputs)
-        return loss * (inputs["completion_mask"].sum() / inputs["completion_mask"].sum())
-
-
-@pytest.mark.parametrize("rights", [(2, 0, 4), (0, 4, 0)])
-def test_a_loss_that_is_nan_without_tokens_trains_what_there_is(
-    tmp_path: Path, rights: Any
-) -> None:
-    moved = []
-    for kind in (OwnLoss, NoMean):
-        trainer = make_grpo_trainer(
-            tmp_path, rights, kind=kind, max_steps=1, steps_per_generation=6,
-            per_device_train_batch_size=2, gradient_accumulation_steps=6,
-        )  # fmt: skip
-        attach(trainer, gate=ZeroVariance())
-        before = weights(trainer)
-        trainer.train()
-        moved.append(before - weights(trainer))
-    assert bool(moved[0].any()) == (2 in rights)
-    assert torch.allclose(moved[0], moved[1], rtol=1e-5, atol=1e-8)
-
-
 def test_rows_that_were_dropped_are_not_even_forwarded(tmp_path: Path) -> None:
     trainer = make_grpo_trainer(
         tmp_path, (2, 0, 4), max_steps=1, steps_per_generation=4, per_device_train_batch_size=3,
@@ -364,6 +269,67 @@ def test_rows_that_were_dropped_are_not_even_forwarded(tmp_path: Path) -> None:
     trainer.train()
     assert [len(part["prompt_ids"]) for part in trainer._buffered_inputs] == [1, 1, 1, 1]
     assert len(made[0]["prompt_ids"]) == 4
+
+
+def make_routing_model() -> Any:
+    set_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 4}
+    return MixtralForCausalLM(
+        MixtralConfig(
+            num_hidden_layers=2,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            router_aux_loss_coef=1.0,
+            output_router_logits=True,
+            **sizes,
+            **heads,
+        )  # fmt: skip
+    )
+
+
+@pytest.mark.parametrize("rights", [(2, 0, 4), (0, 4, 0)])
+def test_rows_that_were_dropped_do_not_train_the_router(tmp_path: Path, rights: Any) -> None:
+    trainer = make_grpo_trainer(
+        tmp_path, rights, model=make_routing_model(), max_steps=1, per_device_train_batch_size=12
+    )
+    assert trainer.aux_loss_enabled
+    attach(trainer, gate=ZeroVariance())
+    before = weights(trainer)
+    trainer.train()
+    moved = before - weights(trainer)
+    if 2 not in rights:
+        assert not bool(moved.any())
+        return
+    alone = make_grpo_trainer(
+        tmp_path, (2,), model=make_routing_model(), max_steps=1, per_device_train_batch_size=4
+    )
+    alone.train()
+    wanted = before - weights(alone)
+    assert (moved - wanted).norm() / wanted.norm() < 1e-5
+
+
+def test_a_router_is_refused_rows_that_fill_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_grpo_checks, "world_size", lambda: 3)
+    trainer = make_grpo_trainer(tmp_path, (2, 0, 4), model=make_routing_model())
+    with pytest.raises(ValueError, match="equally many on all 3 processes with router_aux_loss_co"):
+        RolloutSelection(trainer, gate=ZeroVariance())
+    RolloutSelection(trainer)
+
+
+def test_deepspeed_is_refused_steps_over_several_batches(tmp_path: Path) -> None:
+    """Its engine has updated the weights before a batch that was empty can be made up for."""
+    trainer = make_grpo_trainer(
+        tmp_path, (2, 0, 4, 2), steps_per_generation=1, gradient_accumulation_steps=2
+    )
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match=r"multiple of gradient_accumulation_steps.*got 1 and 2"):
+        RolloutSelection(trainer, gate=ZeroVariance())
+    RolloutSelection(
+        trainer, gate=ZeroVariance(), refill=Refill(max_rounds=0, on_short="top_up")
+    ).detach()
 
 
 # Regrouping ----------------------------------------------------------------------------------
