@@ -158,7 +158,17 @@ class OwnLoss(GRPOTrainer):
         logits = model(input_ids=ids, attention_mask=mask).logits[:, -width - 1 : -1]
         chosen = logits.log_softmax(-1).gather(-1, inputs["completion_ids"][..., None])[..., 0]
         rows = -inputs["advantages"] * (chosen * inputs["completion_mask"]).sum(dim=1)
-        return rows.mean() / self.current_gradient_accumulation_steps
+        return self.reduced(rows, inputs) / self.current_gradient_accumulation_steps
+
+    def reduced(self, rows: torch.Tensor, inputs: Any) -> torch.Tensor:
+        return rows.mean()
+
+
+class OwnItems(OwnLoss):
+    """The same divided by the number of tokens of the whole batch, which the trainer has counted."""
+
+    def reduced(self, rows: torch.Tensor, inputs: Any) -> torch.Tensor:
+        return rows.sum() * self.args.steps_per_generation / inputs["num_items_in_batch"]
 
 
 def spy(trainer: Any) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from onlinesel.rl import Refill, ZeroVariance
 from tests.callbacks.grpo_hosts import (
     GENERATIONS,
     GMPOTrainer,
+    OwnItems,
     OwnLoss,
     attach,
     losses,
@@ -77,6 +78,7 @@ def naive_loss(model: Any, rows: list[Row], name: str) -> Tensor:
                 "own": term.sum() / len(rows),
                 "dr_grpo": term.sum() / (len(rows) * LONGEST),
                 "dapo": term.sum() / tokens,
+                "own-items": term.sum() / tokens,
             }[name]
         )
     return total
@@ -107,6 +109,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dr_grpo": (GRPOTrainer, {"loss_type": "dr_grpo"}),
     "gmpo": (GMPOTrainer, {}),
     "own": (OwnLoss, {}),
+    "own-items": (OwnItems, {}),
 }
 RIGHT = st.sampled_from([0, 4, 1, 2, 3])
 
@@ -144,6 +147,7 @@ def one_step(
 @example("grpo", [2, 3, 1], [2, 0, 4], 3, 2, "skip")
 @example("dapo", [0, 0, 4], [1, 0, 4], 1, 2, "partial")
 @example("own", [0, 3, 4], [0, 0, 4], 6, 2, "partial")
+@example("own-items", [0, 3, 4], [2, 1, 4], 6, 2, "partial")
 def test_a_step_is_the_mean_over_what_was_kept(
     tmp_path: Path, name: str, first: Any, second: Any, slices: int, batches: int, policy: str
 ) -> None:
@@ -175,7 +179,7 @@ def rows_of(rights: list[float], batch: int, size: int) -> list[Row]:
 
 def loss_at_ratio_one(kept: list[list[Row]], name: str, model: Any) -> float:
     """The loss that is logged: its ratio is 1 where its gradient is that of the log-probability."""
-    if name == "own":
+    if name.startswith("own"):
         with torch.no_grad():
             return float(sum(naive_loss(model, rows, name) for rows in kept) / len(kept))
     total = 0.0
