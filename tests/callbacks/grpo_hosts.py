@@ -165,7 +165,7 @@ class OwnLoss(GRPOTrainer):
 
 
 class OwnItems(OwnLoss):
-    """The same divided by the number of tokens of the whole batch, which the trainer has counted."""
+    """The same divided by the tokens of the whole batch, which the trainer has counted."""
 
     def reduced(self, rows: torch.Tensor, inputs: Any) -> torch.Tensor:
         return rows.sum() * self.args.steps_per_generation / inputs["num_items_in_batch"]
