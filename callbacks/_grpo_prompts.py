@@ -8,11 +8,12 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
+from onlinesel.callbacks._grpo_cache import FeatureCache, fingerprint
+from onlinesel.callbacks._grpo_embedding import backbone_of, embed_prompts, tokenize_prompts
 from onlinesel.distributed import rank, world_size
 from onlinesel.rl.prompts import PromptPool, PromptSampler
-from onlinesel.scoring import evaluating, unwrap
 
-__all__ = ["embed_prompts", "make_pool", "prompt_features"]
+__all__ = ["column_features", "make_pool"]
 
 
 def make_pool(
@@ -28,12 +29,18 @@ def make_pool(
     """
     if sampler is None:
         return None
+    initial = features = None
+    if not state and sampler.features == "policy":
+        initial = _embedded(trainer, sampler)
+    elif not state and sampler.features is not None:
+        features = column_features(trainer.train_dataset, sampler.features)
     pool = PromptPool(
         sampler,
         len(trainer.train_dataset),
         trials=trainer.num_generations,
         seed=seed,
-        features=None if state else prompt_features(trainer, sampler.features),
+        features=features,
+        initial=initial,
         state=state or None,
     )
     if world_size() > 1:
@@ -42,21 +49,35 @@ def make_pool(
     return pool
 
 
-def prompt_features(trainer: Any, source: str | None) -> Tensor | None:
-    """Return the features that a sampler asks for: ``(N, k)`` float32 on the CPU, or None.
+def _embedded(trainer: Any, sampler: PromptSampler) -> dict[str, Tensor]:
+    """Return a sampler's first state over the prompts as the policy embeds them.
 
-    Args:
-        trainer: A GRPO trainer with a map-style data set.
-        source: ``"policy"``, a column of vectors, or None.
+    What a sampler of ours makes of them is kept from run to run: those of a sweep, or one that is
+    started anew, begin with the same policy and the same prompts.
+    """
+    ids = tokenize_prompts(trainer)
+    cache, found = None, None
+    if type(sampler).__module__.startswith("onlinesel.") and rank() == 0:
+        accelerator = trainer.accelerator
+        settings = (repr(sampler), accelerator.mixed_precision, accelerator.device.type)
+        cache = FeatureCache(fingerprint(backbone_of(trainer), ids, *settings))
+        found = cache.read()
+    if world_size() > 1:
+        found = broadcast_object_list([found])[0]
+    if found is not None:
+        return found
+    made = sampler.init(len(ids), embed_prompts(trainer, ids))
+    if cache is not None:
+        cache.write(made)
+    return made
+
+
+def column_features(dataset: Any, source: str) -> Tensor:
+    """Return the vectors in a column of a data set: ``(N, k)`` float32.
 
     Raises:
         ValueError: The column is not there, or its rows are not vectors of one length.
     """
-    if source is None:
-        return None
-    if source == "policy":
-        return embed_prompts(trainer)
-    dataset = trainer.train_dataset
     if source not in dataset.column_names:
         raise ValueError(
             f"RolloutSelection: features must be 'policy' or a column of the data set, got "
@@ -69,38 +90,3 @@ def prompt_features(trainer: Any, source: str | None) -> Tensor | None:
             f"RolloutSelection: features must be vectors of one length, got {source!r} "
             f"({error}). Give every row a list of as many numbers."
         ) from error
-
-
-def embed_prompts(trainer: Any) -> Tensor:
-    """Embed every prompt with the policy: last hidden state at the last token, and its mean.
-
-    The ranks share the work: each embeds a slice of equal length, all get the whole.
-    """
-    dataset, count = trainer.train_dataset, len(trainer.train_dataset)
-    share = -(-count // world_size())
-    mine = [min(rank() * share + i, count - 1) for i in range(share)]
-    core: Any = unwrap(trainer.model)
-    core = core.get_base_model() if hasattr(core, "get_base_model") else core
-    size, parts = max(trainer.args.per_device_train_batch_size, 8), []
-    with evaluating(core), trainer.accelerator.autocast():
-        for start in range(0, share, size):
-            prompts = [dataset[i]["prompt"] for i in mine[start : start + size]]
-            ids, _, _ = trainer._tokenize_prompts(prompts)
-            own = _embed(core.base_model, ids, trainer._tokenizer.pad_token_id)
-            whole = trainer.accelerator.gather(own).cpu()
-            parts.append(whole.reshape(world_size(), -1, own.shape[1]))
-    return torch.cat(parts, dim=1).reshape(-1, parts[0].shape[2])[:count]
-
-
-def _embed(backbone: Any, ids: list[list[int]], pad_id: int) -> Tensor:
-    width = max(len(row) for row in ids)
-    device = next(backbone.parameters()).device
-    tokens = torch.full((len(ids), width), pad_id, device=device)
-    mask = torch.zeros_like(tokens)
-    for i, row in enumerate(ids):
-        tokens[i, width - len(row) :] = torch.tensor(row, device=device)
-        mask[i, width - len(row) :] = 1
-    hidden = backbone(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
-    hidden, real = hidden.float(), mask[..., None].float()
-    mean = (hidden * real).sum(dim=1) / real.sum(dim=1).clamp(min=1)
-    return torch.cat([hidden[:, -1], mean], dim=1)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
+_ASSETS = tempfile.mkdtemp(prefix="onlinesel-tests-")  # nothing kept from other runs of the tests
+atexit.register(shutil.rmtree, _ASSETS, ignore_errors=True)
 os.environ.update(
-    HF_HUB_OFFLINE="1", MPLBACKEND="Agg", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"
-)  # before torch and the tokenizers read them
+    HF_HUB_OFFLINE="1", MPLBACKEND="Agg", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false",
+    HF_ASSETS_CACHE=_ASSETS,
+)  # before torch and the tokenizers read them  # fmt: skip
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402

@@ -160,6 +160,7 @@ class PromptPool:
         trials: Completions of a group, at least 1.
         seed: Of the pool's own generator.
         features: ``(N, k)`` for samplers that ask for them.
+        initial: What the sampler's ``init`` returned for these problems; None calls it.
         state: What :meth:`state_dict` returned, to go on from there; features are part of it.
 
     Example:
@@ -180,6 +181,7 @@ class PromptPool:
         trials: int,
         seed: int = 0,
         features: Tensor | None = None,
+        initial: State | None = None,
         state: dict[str, Tensor] | None = None,
     ) -> None:
         if not isinstance(sampler, PromptSampler):
@@ -200,7 +202,7 @@ class PromptPool:
         self._rested = torch.zeros(prompts, dtype=torch.int64)  # number of the call that frees it
         self._calls = torch.tensor(0)
         if state is None:
-            self._state = sampler.init(prompts, features)
+            self._state = sampler.init(prompts, features) if initial is None else dict(initial)
         else:
             self.load_state_dict(state)
 

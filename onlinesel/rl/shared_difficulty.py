@@ -18,9 +18,12 @@ problem's own counts, halved every ``half_life`` times that groups were scored, 
 are the problems of smallest ``E[(p - target)^2]``. The regressions forget: each group leaves the
 share ``forgetting`` of what they knew.
 
-Cost: one forward over the prompts at the start of the run (no generation), and principal components
-of their features; then O(N) a proposal, O(N + k^2) a group, 4 k + 16 bytes a problem. Features stay
-those of the first step, and are part of the checkpoint.
+Cost: one forward over the prompts at the start of the run (no generation), in batches of as many
+tokens, and principal components of their features, which the callback keeps for runs that begin
+with the same weights and prompts; then O(N) a proposal, O(N + k^2) a group, 4 k + 16 bytes a
+problem. Features stay those of the first step, and are part of the checkpoint. They are of the
+text: images in a prompt are left out, and of a prompt longer than the model's positions the last
+ones count.
 
 When it loses: where nothing in the prompt tells its difficulty; and with many groups a step, where
 plain training already has more informative groups than it can use. Cut the prompts per step to what
@@ -118,8 +121,9 @@ class SharedDifficulty(PromptSampler):
         target: Pass rate that teaches most; 0.3 to 0.5. None proposes in proportion to the
             probability of a mixed group, which keeps hard problems in the choice that a target
             would leave for later.
-        features: ``"policy"`` embeds the prompts with the model as it is when the run starts;
-            another name is a column of the data set that holds a vector for each problem.
+        features: ``"policy"`` embeds the prompts with the model as it is when the run starts, or
+            takes what an earlier run kept of the same (in ``HF_ASSETS_CACHE``); another name is a
+            column of the data set that holds a vector for each problem.
         components: Principal components that are kept.
         strength: Most completions that the prediction counts as, against a problem's own.
         half_life: How many times groups are scored, once for each generation call, until a

@@ -372,18 +372,3 @@ def test_features_come_from_a_column(tmp_path: Path) -> None:
         attach(trainer, prompts=SharedDifficulty(features=name))
         with pytest.raises(ValueError, match=message):
             trainer.train()
-
-
-def test_the_policy_embeds_its_prompts(tmp_path: Path) -> None:
-    """Last hidden state at the last token and its mean, without padding, for every prompt."""
-    from onlinesel.callbacks._grpo_prompts import embed_prompts
-
-    trainer = make_grpo_trainer(tmp_path, (2,) * 11)
-    found = embed_prompts(trainer)
-    assert trainer.model.training
-    for i in (0, 4, 10):
-        ids = trainer.processing_class(trainer.train_dataset[i]["prompt"])["input_ids"]
-        with torch.no_grad():
-            hidden = trainer.model.model(torch.tensor([ids])).last_hidden_state[0]
-        wanted = torch.cat([hidden[-1], hidden.mean(dim=0)])
-        torch.testing.assert_close(found[i], wanted, rtol=1e-4, atol=1e-5)

@@ -373,6 +373,7 @@ def test_embedding_the_prompts_is_part_of_the_cost(
 ) -> None:
     trainer = make_grpo_trainer(tmp_path, (2,) * 20, max_steps=1)
     callback = attach(trainer, prompts=SharedDifficulty())
+    monkeypatch.setattr(_grpo_prompts.FeatureCache, "_path", lambda _: tmp_path / "kept")
     embed, spent = _grpo_prompts.embed_prompts, []
 
     def timed(*args: Any) -> Any:
