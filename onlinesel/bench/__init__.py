@@ -1,4 +1,4 @@
-"""Benchmarks on the machine at hand: ``onlinesel bench scores|step|grpo|blocks|scale``.
+"""Benchmarks on the machine at hand: ``onlinesel bench scores|step|grpo|blocks|compiled|scale``.
 
 - ``scores`` times scores from hidden states against those from logits, the heads of other packages
   and the bare product (:mod:`onlinesel.bench.scores`);
@@ -6,6 +6,8 @@
   (``onlinesel.recipes.bench_step``, which needs ``onlinesel[hf]``);
 - ``grpo`` times a policy's head, forward and backward (:mod:`onlinesel.bench.grpo`);
 - ``blocks`` searches the fastest sizes of the fused kernel (:mod:`onlinesel.bench.blocks`);
+- ``compiled`` counts what the kernels take of a GPU that is not there
+  (:mod:`onlinesel.bench.compiled`);
 - ``scale`` times the decision of a step for up to thousands of simulated ranks and models what they
   would send each other (:mod:`onlinesel.bench.scale`).
 
@@ -25,11 +27,12 @@ from collections.abc import Sequence
 from onlinesel.bench._text import new_figure
 from onlinesel.bench._ways import own_failures
 from onlinesel.bench.blocks import bench_blocks
+from onlinesel.bench.compiled import bench_compiled
 from onlinesel.bench.grpo import bench_grpo
 from onlinesel.bench.scale import bench_scale
 from onlinesel.bench.scores import bench_scores
 
-__all__ = ["bench_blocks", "bench_grpo", "bench_scale", "bench_scores", "main"]
+__all__ = ["bench_blocks", "bench_compiled", "bench_grpo", "bench_scale", "bench_scores", "main"]
 
 # Imported when it is asked for: a training step needs a trainer.
 _BENCHMARKS = {
@@ -37,6 +40,7 @@ _BENCHMARKS = {
     "step": ("onlinesel.recipes.bench_step", "training steps, on all rows and on chosen ones"),
     "grpo": ("onlinesel.bench.grpo", "a policy's head, forward and backward"),
     "blocks": ("onlinesel.bench.blocks", "sizes of the fused kernel, and the fastest backend"),
+    "compiled": ("onlinesel.bench.compiled", "what the Triton kernels take of a GPU, without one"),
     "scale": ("onlinesel.bench.scale", "the decision of a step, with many ranks and large ledgers"),
 }  # fmt: skip
 

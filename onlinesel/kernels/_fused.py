@@ -18,8 +18,9 @@ from onlinesel.kernels._state import LogitState, empty_state
 from onlinesel.kernels._tile import LARGE, shaped
 from onlinesel.kernels.head import LMHead
 
-__all__ = ["fused_kernel", "fused_state", "merge_kernel"]
+__all__ = ["MERGED_TOKENS", "fused_kernel", "fused_state", "merge_kernel"]
 
+MERGED_TOKENS = 128  # of a program that merges splits
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
@@ -241,8 +242,8 @@ def fused_state(
         DESCRIBED=b.described, num_warps=b.warps, num_stages=b.stages,
     )  # fmt: skip
     merged = states.new_empty((5, count), dtype=torch.float32)
-    merge_kernel[(triton.cdiv(count, 128),)](
-        out, merged, count, splits, SQUARES=squares, SPREAD=spread, TOKENS=128
+    merge_kernel[(triton.cdiv(count, MERGED_TOKENS),)](
+        out, merged, count, splits, SQUARES=squares, SPREAD=spread, TOKENS=MERGED_TOKENS
     )
     y, m, s, q, u = merged.unbind(0)
     return LogitState(y, m, s, q if squares else None, u if spread else None)
