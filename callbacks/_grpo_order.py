@@ -47,8 +47,9 @@ class LoaderOrder:
         """Return the next problems: row numbers, or places in a stream, ``(n,)`` int64.
 
         Args:
-            count: How many are wanted; fewer come where two epochs hold no more that are not taken.
-            taken: Row numbers that are passed over, as they were in this batch already.
+            count: How many are wanted; with ``taken``, fewer come where two epochs hold no others.
+            taken: Row numbers that are passed over, as they were in this batch already; None for
+                the first call of a batch.
         """
         busy = set() if taken is None else set(taken.tolist())
         found: list[int] = []
@@ -63,6 +64,8 @@ class LoaderOrder:
             elif problem not in busy:
                 found.append(problem)
                 busy.add(problem)
+        if taken is None:  # a first call is never short
+            found += [self._next() for _ in range(count - len(found))]
         return torch.tensor(found, dtype=torch.long)
 
     def row(self, number: int) -> dict[str, Any]:

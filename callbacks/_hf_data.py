@@ -132,6 +132,7 @@ class TrainingData:
             build: The trainer's ``get_train_dataloader``.
         """
         trainer, dataset = self._trainer, self._trainer.train_dataset
+        whole = dataset
         self._sampler = self._given
         build_sampler = trainer._get_train_sampler
         with _attach.overridden(trainer, {"_signature_columns": trainer._signature_columns}):
@@ -143,11 +144,16 @@ class TrainingData:
                 plan = self._plan(len(dataset))
                 if plan is not None:
                     self._sampler = PlanSampler(plan)
+
+            def sampler(*_: Any) -> Any:
+                with _attach.overridden(trainer, {"train_dataset": whole}):  # one's own reads it
+                    return self._sampler or build_sampler(dataset)
+
             changes = {
                 "train_dataset": NumberedRows(dataset) if ROW_ID in self._columns else dataset,
                 "data_collator": CarryColumns(trainer.data_collator, self._columns),
                 "_train_batch_size": trainer._train_batch_size * self._factor,
-                "_get_train_sampler": lambda *_: self._sampler or build_sampler(dataset),
+                "_get_train_sampler": sampler,
             }
             with _attach.overridden(trainer, changes):
                 loader = build()

@@ -185,9 +185,7 @@ class Mine(SharedDifficulty):
     """What a method of one's own makes of the features may change without a word."""
 
 
-def test_methods_of_ones_own_are_not_kept(
-    tmp_path: Path, folder: Path, calls: list[int]
-) -> None:
+def test_methods_of_ones_own_are_not_kept(tmp_path: Path, folder: Path, calls: list[int]) -> None:
     for _ in range(2):
         pool_of(make(tmp_path), Mine())
     assert calls == [30, 30] and not list(folder.iterdir())

@@ -174,9 +174,7 @@ def test_graded_outcomes_are_fractions_in_the_beliefs(tmp_path: Path) -> None:
     *_, callback = train(tmp_path, graded, {}, prompts=Thompson(discount=1.0))
     rates = [row["rate"] for row in callback.prompt_table()]
     assert rates == pytest.approx([(1 + 4 * mean) / 6 for mean in means(RIGHTS)], abs=1e-6)
-    *_, callback = train(
-        tmp_path, graded, {}, prompts=Thompson(discount=1.0), success=0.3
-    )
+    *_, callback = train(tmp_path, graded, {}, prompts=Thompson(discount=1.0), success=0.3)
     above = [sum(min(n * right, 8) / 8 > 0.3 for n in range(4)) for right in RIGHTS]
     rates = [row["rate"] for row in callback.prompt_table()]
     assert rates == pytest.approx([(1 + count) / 6 for count in above])

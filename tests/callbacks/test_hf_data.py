@@ -116,6 +116,27 @@ def test_group_by_length_still_groups_candidates(tmp_path: Path) -> None:
     assert spread["group_by_length"] < 0.5 * spread["random"]
 
 
+def test_an_own_sampler_reads_columns_of_the_data(tmp_path: Path) -> None:
+    """Columns that the model does not take are gone from the loader's rows, not from the data."""
+    hard = [(7 * i) % 32 for i in range(32)]
+    rows = Dataset.from_list([{**r, "hard": h} for r, h in zip(make_rows(32), hard, strict=True)])
+    trainer = make_trainer(tmp_path, rows=rows, max_steps=4)
+
+    def easy_first(_: Any = None) -> list[int]:
+        found = trainer.train_dataset["hard"]
+        assert found[3:5] == hard[3:5] and list(trainer.train_dataset[:2]["hard"]) == hard[:2]
+        return sorted(range(len(found)), key=lambda i: found[i])
+
+    trainer._get_train_sampler = easy_first
+    attach(trainer, Uniform(), candidates=2, record=tmp_path / "record")
+    trainer.train()
+    seen = [row for choice in choices(tmp_path / "record") for row in choice["ids"]]
+    wanted = sorted(range(32), key=hard.__getitem__)
+    step = len(seen) // 4
+    for start in range(0, len(seen), step):
+        assert sorted(seen[start : start + step]) == sorted(wanted[start : start + step])
+
+
 def test_rows_without_labels_are_never_chosen(tmp_path: Path) -> None:
     rows = make_rows()
     for row in rows[::2]:
