@@ -11,18 +11,19 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
+from onlinesel._words import did_you_mean
 from onlinesel.agreement import check_settings
+from onlinesel.callbacks._hosts import is_other_trl, right_callback
+from onlinesel.callbacks._precision import warn_slow_bfloat16
 from onlinesel.callbacks._versions import check_version
 from onlinesel.distributed import world_size
 from onlinesel.mixing import DomainSampler, Mixture
 from onlinesel.rows import GROUP, ROW_ID, complete
 from onlinesel.scoring import CausalLMScorer
-from onlinesel.step import SCOPES
 from onlinesel.types import Strategy
 
 __all__ = [
     "carried_columns",
-    "check_arguments",
     "check_loader",
     "check_own",
     "check_ranks",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 _MISSING = object()
+_LOAD = "AutoModelForCausalLM.from_pretrained(...)"
 
 
 @contextmanager
@@ -119,18 +121,6 @@ def check_ranks(trainer: Any, **settings: Any) -> None:
     check_settings("OnlineSelection", same, getattr(args, "device", "cpu"))
 
 
-def check_arguments(candidates: object, scope: str, normalize: str) -> None:
-    """Check what needs no trainer."""
-    if not isinstance(candidates, int) or isinstance(candidates, bool) or candidates < 1:
-        refuse(
-            "candidates", "an integer >= 1", repr(candidates), "Use 1 to weigh without dropping."
-        )
-    if scope not in SCOPES:
-        refuse("scope", f"one of {', '.join(SCOPES)}", repr(scope), "See the docstring.")
-    if normalize not in ("tokens", "samples"):
-        refuse("normalize", "'tokens', 'samples' or None", repr(normalize), "See the docstring.")
-
-
 def check_trainer(
     trainer: Any,
     strategy: Strategy,
@@ -144,20 +134,7 @@ def check_trainer(
 ) -> None:
     """Refuse trainers and settings whose gradient would not be the one that is promised."""
     check_version("OnlineSelection", "transformers", "hf")
-    if not hasattr(trainer, "get_batch_samples") or hasattr(trainer, "num_generations"):
-        refuse(
-            "trainer",
-            "a transformers Trainer or TRL SFTTrainer",
-            type(trainer).__name__,
-            "RL trainers choose rollouts, not rows of a dataset.",
-        )
-    if getattr(trainer.get_batch_samples, "__self__", trainer) is not trainer:
-        refuse(
-            "trainer",
-            "without another OnlineSelection",
-            "one that is attached already",
-            "Combine methods with Chain, or detach() the first.",
-        )
+    _check_kind(trainer)
     args = trainer.args
     parallel = {n: getattr(trainer, f"get_{n}_size")() for n in ("tp", "cp", "sp")}
     strategies = (getattr(args, "train_sampling_strategy", "random"), candidates)
@@ -178,7 +155,8 @@ def check_trainer(
          "Rows of masked, sequence-to-sequence and classification models are not scored here."),
         (getattr(trainer, "loss_is_scaled_for_ga", None) is False,  # from transformers 5.19 on
          "loss_is_scaled_for_ga", "None or True", False,
-         "A loss that is averaged over each micro-batch cannot be exact over a step."),
+         "Let the loss divide by num_items_in_batch, and leave the setting as it was: what is "
+         "averaged over each micro-batch cannot be exact over a step."),
         (not trainer.model_accepts_loss_kwargs and trainer.compute_loss_func is None, "model",
          "one whose forward takes num_items_in_batch", type(trainer.model).__name__,
          "Without it the trainer averages each micro-batch alone and no exact mean exists. Accept "
@@ -189,8 +167,26 @@ def check_trainer(
         if bad:
             refuse(argument, rule, got, remedy)
     _check_data(trainer, strategy, candidates, shadow)
+    warn_slow_bfloat16("OnlineSelection", args)
     if default_scorer:
         _check_model(trainer, strategy, reference, groups)
+
+
+def _check_kind(trainer: Any) -> None:
+    """Refuse what is no trainer of rows, or has the callback already."""
+    other = hasattr(trainer, "num_generations") or is_other_trl(trainer)
+    if not hasattr(trainer, "get_batch_samples") or other:
+        refuse(
+            "trainer", "a transformers Trainer or TRL SFTTrainer", type(trainer).__name__,
+            right_callback(trainer),
+        )  # fmt: skip
+    if getattr(trainer.get_batch_samples, "__self__", trainer) is not trainer:
+        refuse(
+            "trainer",
+            "without another OnlineSelection",
+            "one that is attached already",
+            "Combine methods with Chain, or detach() the first.",
+        )
 
 
 def _own_loss(trainer: Any) -> str | None:
@@ -220,7 +216,8 @@ def _check_data(trainer: Any, strategy: Strategy, candidates: int, shadow: bool)
     if shadow and strategy.observes:
         refuse(
             "shadow", "off for a method that learns from the training loss", True,
-            f"{type(strategy).__name__} could not see it without changing how it is computed.",
+            f"Leave shadow out: {type(strategy).__name__} could not see it without changing how "
+            "it is computed.",
         )  # fmt: skip
     planned = None if size is None else strategy.epoch_plan(size, epoch=0, seed=0)
     if planned is not None:
@@ -233,7 +230,8 @@ def _check_data(trainer: Any, strategy: Strategy, candidates: int, shadow: bool)
             if bad:
                 refuse(
                     argument, f"{rule} for a method that plans whole epochs", got,
-                    f"{type(strategy).__name__} already decides which rows the loader reads.",
+                    f"Set it so: {type(strategy).__name__} already decides which rows the loader "
+                    "reads.",
                 )  # fmt: skip
     if size is None and strategy.epoch_plan(1024, epoch=0, seed=0) is not None:
         refuse(
@@ -254,7 +252,7 @@ def _check_model(
     if "group" in strategy.needs and groups is None:
         refuse(
             "groups", "the column with the group of each row", None,
-            f"{type(strategy).__name__} chooses within groups.",
+            f"Name it by groups=: {type(strategy).__name__} chooses within groups.",
         )  # fmt: skip
     needs = [name for name in strategy.needs if name not in ("ids", "tokens", "group")]
     CausalLMScorer(needs)
@@ -267,7 +265,8 @@ def _check_model(
     if "reference_loss" in needs and reference is None:
         refuse(
             "reference", "a model, 'adapter' or a column of losses", None,
-            f"{type(strategy).__name__} compares the loss with it.",
+            f"Pass reference=, for which {_LOAD} loads a model: {type(strategy).__name__} compares "
+            "the loss with it.",
         )  # fmt: skip
     if reference == "adapter" and not hasattr(trainer.model, "disable_adapter"):
         refuse(
@@ -315,12 +314,19 @@ def carried_columns(
     if isinstance(reference, str) and reference != "adapter":
         columns[reference] = "reference_loss"
     for name, target in columns.items():
+        if target == "reference_loss" and name not in (known or ()) and (known or "/" in name):
+            refuse(
+                "reference", "a model, 'adapter' or a column of the training dataset", repr(name),
+                f"Load a model with AutoModelForCausalLM.from_pretrained({name!r}), or name one of "
+                f"the columns {', '.join(known or ('(unknown, of a stream)',))}.",
+            )  # fmt: skip
         if name == ROW_ID or known is None:
             continue
         if name not in known:
             refuse(
-                "ids, groups and reference", "columns of the training dataset", repr(name),
-                f"The columns are {', '.join(known)}.",
+                "ids" if target == ROW_ID else "groups", "a column of the training dataset",
+                repr(name),
+                did_you_mean(name, known, f"Name one of the columns {', '.join(known)}."),
             )  # fmt: skip
         if target in (ROW_ID, GROUP) and not _integers(dataset, name):
             refuse(
@@ -363,16 +369,16 @@ def domain_sampler(
     needs_reference = "reference_loss" in getattr(mixture, "needs", ())
     for bad, argument, rule, got, remedy in (
         (groups is None, "groups", "the column with the domain of each row", None,
-         "A mixture draws rows by domain."),
+         "Name it by groups=: a mixture draws rows by domain."),
         (not numbered, "ids", "row numbers", "others",
          "A mixture draws rows of a map-style dataset: use ids='auto' and no column sample_id."),
         (not plain, "mixture", "without shadow and without a method that plans epochs", mixture,
-         "Only one may decide which rows the loader reads."),
+         "Leave mixture= or the other out: only one may decide which rows the loader reads."),
         (strategy != "random", "train_sampling_strategy", "'random' for a mixture", strategy,
-         "The mixture decides which rows the loader reads."),
+         "Leave it at 'random': the mixture decides which rows the loader reads."),
         (needs_reference and not (isinstance(reference, str) and reference != "adapter"),
          "reference", "a column of losses for this mixture", reference,
-         "It compares losses of the training forward with them."),
+         "Name the column by reference=, or give DoReMi one reference loss for each domain."),
     ):  # fmt: skip
         if bad:
             refuse(argument, rule, got, remedy)

@@ -12,6 +12,8 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from onlinesel.callbacks._attach import is_stream
 from onlinesel.callbacks._grpo_images import images_of
 from onlinesel.callbacks._grpo_seams import moved_seams
+from onlinesel.callbacks._hosts import TESTED_TRL, right_callback
+from onlinesel.callbacks._precision import warn_slow_bfloat16
 from onlinesel.callbacks._versions import check_version
 from onlinesel.distributed import world_size
 from onlinesel.rl.prompts import PromptSampler
@@ -32,6 +34,15 @@ _KINDS = {
     "advantages": Advantages,
     "tokens": TokenWeights,
     "temperature": AdaptiveTemperature,
+}
+_EXAMPLES = {
+    "gate": "ZeroVariance()",
+    "rollouts": "MaxVariance(keep=4)",
+    "refill": "Refill()",
+    "prompts": "SharedDifficulty()",
+    "advantages": "TokenAverage()",
+    "tokens": "HAPO()",
+    "temperature": "AdaptiveTemperature()",
 }
 
 
@@ -59,12 +70,12 @@ def check(
         if parts[name] is not None and not isinstance(parts[name], kind):
             raise TypeError(
                 f"RolloutSelection: {name} must be of type {kind.__name__}, got {parts[name]!r}. "
-                "See onlinesel.rl for what there is."
+                f"Write for example {name}={_EXAMPLES[name]}."
             )
     if not isinstance(fused, bool):
         raise TypeError(
             f"RolloutSelection: fused_logprobs must be True or False, got {fused!r}. "
-            "There is one implementation, see onlinesel.kernels.policy_logprobs."
+            "Write fused_logprobs=True for onlinesel.kernels.policy_logprobs."
         )
     _check_trainer(trainer)
     _check_groups(trainer, parts, success)
@@ -77,17 +88,17 @@ def check(
 def _check_trainer(trainer: Any) -> None:
     if not isinstance(trainer, GRPOTrainer):
         refuse(
-            "trainer", "a TRL GRPOTrainer", type(trainer).__name__,
-            "For Trainer and SFTTrainer use onlinesel.callbacks.hf.OnlineSelection.",
-        )  # fmt: skip
+            "trainer", "a TRL GRPOTrainer", type(trainer).__name__, right_callback(trainer)
+        )
     check_version("RolloutSelection", "trl", "trl")
     moved = moved_seams(trainer)
     if moved:
         refuse(
             "TRL", "a version with the parts this callback builds on",
             f"{trl.__version__} without {', '.join(moved)}",
-            "Install the TRL that onlinesel's constraints.txt names.",
+            f"Install the one it was tested with: pip install trl=={TESTED_TRL}.",
         )  # fmt: skip
+    warn_slow_bfloat16("RolloutSelection", trainer.args)
     parallel = {n: getattr(trainer, f"get_{n}_size")() for n in ("tp", "cp", "sp")}
     if max(parallel.values()) > 1:
         refuse(
@@ -114,7 +125,7 @@ def _check_groups(trainer: Any, parts: Mapping[str, Any], success: float | None)
         if other:
             refuse(
                 name, "a strategy on reward and group", f"one that needs {', '.join(other)}",
-                "Scores of rows belong to OnlineSelection.",
+                "Write it on outcomes: only OnlineSelection scores rows by the model.",
             )  # fmt: skip
     possible = getattr(gate, "possible", None)
     if possible is not None and not possible(size):
@@ -228,7 +239,7 @@ def _check_engine(trainer: Any, parts: Mapping[str, Any]) -> None:
          "Their prompts are only known while they are rolled out."),
         (skips and trainer.is_deepspeed_enabled, "on_short", "partial, top_up or raise with "
          "DeepSpeed", repr(parts["refill"].on_short) if skips else None,
-         "Its engine updates the weights before a step can be skipped."),
+         "Set it so: its engine updates the weights before a step can be skipped."),
     ):  # fmt: skip
         if bad:
             refuse(argument, rule, got, remedy)
@@ -240,12 +251,14 @@ def _check_tokens(trainer: Any, parts: Mapping[str, Any]) -> None:
     for bad, argument, rule, got, remedy in (
         (tokens and trainer.loss_type not in _TOKEN_LOSSES, "loss_type",
          f"one of {', '.join(_TOKEN_LOSSES)} for token weights", repr(trainer.loss_type),
-         "Other losses do not clip by token."),
+         "Set it so, or leave tokens= out: other losses do not clip by token."),
         (tokens and level != "token", "importance_sampling_level", "'token' for token weights",
-         repr(level), "A ratio of whole sequences has no clip range by token."),
+         repr(level), "Set it so, or leave tokens= out: a ratio of whole sequences has no clip "
+         "range by token."),
         (advantages and advantages.per_sequence and trainer.loss_type not in _SEQUENCE_LOSSES,
          "loss_type", f"one of {', '.join(_SEQUENCE_LOSSES)} for {advantages!r}",
-         repr(trainer.loss_type), "Its advantages are defined for a mean over each sequence."),
+         repr(trainer.loss_type), "Set it so, or leave advantages= out: they are defined for a "
+         "mean over each sequence."),
     ):  # fmt: skip
         if bad:
             refuse(argument, rule, got, remedy)
@@ -258,7 +271,8 @@ def _check_temperature(trainer: Any, fused: bool) -> None:
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     continuous = trainer.use_transformers_continuous_batching
     remedies = (
-        "The tokens must be scored at the temperature that sampled them.",
+        "Change that, or leave temperature= out: tokens must be scored at the temperature that "
+        "sampled them.",
         "Set fused_logprobs=True, which gives the head the temperature of each token.",
     )
     capped = getattr(config, "final_logit_softcapping", None) is not None

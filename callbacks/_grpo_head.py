@@ -23,6 +23,7 @@ from trl.trainer import utils
 from onlinesel.batch import IGNORED_LABEL
 from onlinesel.callbacks._attach import overridden
 from onlinesel.callbacks._grpo_checks import refuse
+from onlinesel.callbacks._hosts import TESTED_TRL
 from onlinesel.kernels import LMHead, policy_logprobs
 from onlinesel.kernels._shards import is_sharded
 
@@ -54,7 +55,7 @@ def check_head(trainer: Any) -> None:
         refuse(
             "TRL", f"a version whose fused head takes {', '.join(_ARGUMENTS[1:])} for "
             "fused_logprobs", ", ".join(found[1:]) or f"one without {_FUNCTION}",
-            "Install the TRL that onlinesel's constraints.txt names.",
+            f"Install the one it was tested with: pip install trl=={TESTED_TRL}.",
         )  # fmt: skip
     plugin = getattr(trainer.accelerator.state, "dynamo_plugin", None)
     if trainer.args.torch_compile or getattr(plugin, "backend", "NO") not in ("NO", None):

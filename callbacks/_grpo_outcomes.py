@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import gather
 from torch import Tensor
 
+from onlinesel._words import did_you_mean
 from onlinesel.callbacks._grpo_checks import refuse
 from onlinesel.callbacks._grpo_rewards import RewardGuard
 from onlinesel.distributed import rank
@@ -72,7 +73,7 @@ class Outcomes:
         elif isinstance(outcome, (str, *_SEQUENCES)) or self._place(outcome) is not None:
             several = list(outcome) if isinstance(outcome, _SEQUENCES) else [outcome]
             if not several:
-                refuse("outcome", f"one or several of {', '.join(self.labels)}", "none", _AS_IT_IS)
+                refuse("outcome", f"one or several of {', '.join(self.labels)}", "none", _NAME_ONE)
             self._columns = [self._column(one) for one in several]
         else:
             self._rule = _checked_rule(outcome)
@@ -107,7 +108,7 @@ class Outcomes:
             refuse(
                 "outcome", f"one of {', '.join(self.labels)}", repr(one),
                 "Functions of one name are counted in their order; or pass the function itself."
-                if several else _AS_IT_IS,
+                if several else did_you_mean(one, self.labels, _NAME_ONE),
             )  # fmt: skip
         return self.labels.index(one)
 
@@ -169,7 +170,7 @@ class Outcomes:
 
 
 _SEQUENCES = (list, tuple)
-_AS_IT_IS = "Name it as it is."
+_NAME_ONE = "Name one of them."
 
 
 def _name_of(function: Any) -> str:

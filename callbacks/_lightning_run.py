@@ -39,7 +39,8 @@ def check_run(trainer: Any, module: Any, accumulate: int | None) -> None:
     wrapped = "dataloader" in vars(trainer.fit_loop._data_source)
     for bad, argument, rule, got, remedy in (
         ("dataloader_iter" in step, "training_step", "one that takes a batch", "dataloader_iter",
-         "A step that fetches its own batches cannot be given others."),
+         "Write training_step(self, batch, batch_idx): one that fetches its own cannot be given "
+         "others."),
         (trainer.reload_dataloaders_every_n_epochs > 0, "reload_dataloaders_every_n_epochs", "0",
          trainer.reload_dataloaders_every_n_epochs,
          "Row numbers would mean other rows after a reload. Fit again with the new data."),
@@ -54,7 +55,7 @@ def check_run(trainer: Any, module: Any, accumulate: int | None) -> None:
          f"ranks and a process group of {world_size()}",
          "Use data parallelism alone (DDP, FSDP, DeepSpeed)."),
         (wrapped, "trainer", "without another OnlineSelection", "one that has it already",
-         "Combine methods with Chain."),
+         "Combine methods with Chain, in one callback."),
     ):  # fmt: skip
         if bad:
             refuse(argument, rule, got, remedy)

@@ -108,7 +108,8 @@ class WeighedModel:
             if policy is not None:
                 refuse(
                     "inputs", "None from weights that need 'policy'", "token ids",
-                    "The policy has read the batch before it is changed.",
+                    "Leave them out, or 'policy' out of needs: the policy has read the batch "
+                    "before it changes.",
                 )  # fmt: skip
             changed["input_ids"], reference = terms.inputs.to(device), None
         if policy is None:

@@ -24,7 +24,10 @@ __all__ = ["HELD", "SCORER", "Audit", "HeldRows", "Replay", "check_limit", "refu
 HELD = "onlinesel_held"
 """Batch key of the :class:`HeldRows` of a micro-batch that trains."""
 
-SCORER = "Only the default scorer is known to forward each batch as in training."
+SCORER = (
+    "Leave one of the two out: only the default scorer is known to forward each batch as in "
+    "training."
+)
 _OTHERWISE = "Forward each micro-batch once, with the model in training mode."
 
 _WIDE, _NARROW = 5e-3, 5e-2

@@ -44,10 +44,10 @@ SOURCE = "onlinesel_source"
 """Batch key of the numbers of the tokens, ``(N, T)`` int64; 0 for padding that came later."""
 
 _CHECKPOINTING = (
-    "Only layers that are recomputed in the backward can take the scoring forward as their own. "
-    "Without it, selecting costs the same already."
+    "Turn it on, or leave reuse_forward out: only layers that are recomputed in the backward can "
+    "take the scoring forward as their own. Without it, selecting costs the same already."
 )
-_COMPILED = "Hooks on layers do not act in compiled graphs."
+_COMPILED = "Leave one of the two out: hooks on layers do not act in compiled graphs."
 _ZERO3 = (
     "DeepSpeed's ZeRO stage", "at most 2", 3,
     "It gathers what a module needs when the module is called, which ranks that have rows of other "
@@ -201,7 +201,8 @@ class ReusedForward:
             if any(isinstance(part, FSDPModule | FullyShardedDataParallel) for part in parts):
                 refuse(
                     "FSDP", "one that shards whole layers", f"parts of {name}",
-                    "Ranks that have rows of other ranks to forward would gather them more often.",
+                    "Wrap whole layers, or set reuse_forward=False: ranks with rows of other "
+                    "ranks to forward would gather the parts more often.",
                 )  # fmt: skip
             if any(part in layers for part in parts):
                 refuse(
@@ -327,14 +328,14 @@ def reuse_in_trainer(
     for bad, argument, rule, got, remedy in (
         (not args.gradient_checkpointing, "gradient_checkpointing", "on", False, _CHECKPOINTING),
         (noise is not None, "neftune_noise_alpha", "None", noise,
-         "The scored embeddings have no noise."),
+         "Leave one of the two out: the scored embeddings have no noise."),
         (getattr(fsdp, "fsdp_version", 2) == 1, "fsdp_version", "2", 1,
          "Set it in the FSDP settings."),
         (_attach.is_zero3(trainer), *_ZERO3),
         (args.torch_compile, "torch_compile", "off", True, _COMPILED),
         (getattr(args, "activation_offloading", False), "activation_offloading", "off", True,
          "Bound what is held by reuse_limit."),
-        (shadow, "shadow", "off", True, "Nothing would be reused."),
+        (shadow, "shadow", "off", True, "Leave one of the two out: nothing would be reused."),
         (scorer is not None, "scorer", "None", type(scorer).__name__, SCORER),
     ):  # fmt: skip
         if bad:
@@ -357,7 +358,8 @@ def _check_model(model: nn.Module, outer: nn.Module) -> None:
          chance, "A row would not be the same among other rows. Set a rate to 0."),
         (compiled is not None, "model", "one that is not compiled", compiled, _COMPILED),
         (router, "output_router_logits", "off", True,
-         "The router's loss needs routers that run in the training forward."),
+         "Set it to False in the model's configuration: the router's loss needs routers that "
+         "run in the training forward."),
     ):  # fmt: skip
         if bad:
             refuse(argument, rule, got, remedy)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from onlinesel.agreement import check_candidates, check_settings
+from onlinesel.agreement import check_arguments, check_candidates, check_settings
 from onlinesel.batch import count_labels, is_causal
 from onlinesel.callbacks._announce import epoch_steps, opening
 from onlinesel.callbacks._meter import StepMeter
@@ -26,7 +26,7 @@ from onlinesel.report.runlog import RunLog
 from onlinesel.rows import FILLER_ID
 from onlinesel.scoring import CausalLMScorer, evaluating, unwrap
 from onlinesel.selector import Selector
-from onlinesel.step import SCOPES, StepPlan, StepPlanner
+from onlinesel.step import StepPlan, StepPlanner
 from onlinesel.types import Signals, Strategy
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class StepSource:
         self.candidates, self.scope, self.seed = candidates, scope, seed
         self.normalize = self.strategy.normalize if normalize is None else normalize
         self.ids, self.groups, self.order = ids, groups, order
-        self._check_arguments()
+        check_arguments(owner, candidates, scope, self.normalize)
         self._score, self._reference = score, reference
         self._needs = [n for n in self.strategy.needs if n not in ("ids", "tokens", "group")]
         self._default: CausalLMScorer | None = None
@@ -111,19 +111,6 @@ class StepSource:
     def refuse(self, argument: str, rule: str, got: object, remedy: str) -> None:
         """Raise the designed error of the host."""
         raise ValueError(f"{self.owner}: {argument} must be {rule}, got {got}. {remedy}")
-
-    def _check_arguments(self) -> None:
-        if type(self.candidates) is not int or self.candidates < 1:
-            self.refuse(
-                "candidates", "an integer >= 1", repr(self.candidates),
-                "Use 1 to weigh without dropping.",
-            )  # fmt: skip
-        if self.scope not in SCOPES:
-            rule = f"one of {', '.join(SCOPES)}"
-            self.refuse("scope", rule, repr(self.scope), "See the docstring.")
-        if self.normalize not in ("tokens", "samples"):
-            rule = "'tokens', 'samples' or None"
-            self.refuse("normalize", rule, repr(self.normalize), "See the docstring.")
 
     def attach(
         self,
@@ -186,10 +173,12 @@ class StepSource:
                 f"{type(self.strategy).__name__} needs {', '.join(self._needs)}: pass score=, for "
                 "example onlinesel.ClassificationScorer() or a function (model, batch) -> losses.",
             )  # fmt: skip
-        if "reference_loss" in self._needs and self._reference is None:
+        known = isinstance(self._reference, nn.Module) or self._reference == "adapter"
+        if "reference_loss" in self._needs and not known:
             self.refuse(
-                "reference", "a model or 'adapter'", None,
-                f"{type(self.strategy).__name__} compares the loss with it.",
+                "reference", "a model or 'adapter'", repr(self._reference),
+                f"{type(self.strategy).__name__} compares the loss with it: load a model with "
+                "AutoModelForCausalLM.from_pretrained(...) and pass that.",
             )  # fmt: skip
         if isinstance(self._reference, nn.Module):
             self._reference.to(self.device)
@@ -297,8 +286,8 @@ class StepSource:
             if not self._seen:
                 self.refuse(
                     "losses", "passed through the step's weighted mean", "none",
-                    f"{type(self.strategy).__name__} learns from them: use the loss that the step "
-                    "gives, as the documentation shows.",
+                    f"{type(self.strategy).__name__} learns from them: call micro.loss(losses) on "
+                    "each micro-batch, in Lightning onlinesel.weighted_mean(losses).",
                 )  # fmt: skip
             ids, losses = (torch.cat(part) for part in zip(*self._seen, strict=True))
             seen = Signals(ids=ids, loss=losses)

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from onlinesel.callbacks import _attach
+from onlinesel.callbacks._hosts import TESTED_TRL, right_callback
+from onlinesel.callbacks._precision import warn_slow_bfloat16
 from onlinesel.callbacks._preference import TOKEN_VALUE, CarryTokenValues, WeighedModel, refuse
 from onlinesel.callbacks._versions import check_version
 from onlinesel.rl.preference import PreferenceTerms, PreferenceTokens, PreferenceWeights
@@ -166,7 +168,8 @@ class PreferenceSelection(TrainerCallback):
             if found is not None and found.shape != ids.shape:
                 refuse(
                     name, f"of the batch's shape {tuple(ids.shape)}", tuple(found.shape),
-                    f"{type(self.weights).__name__} must answer for every token.",
+                    f"Let {type(self.weights).__name__} answer for every token, 0 where it has "
+                    "nothing to say.",
                 )  # fmt: skip
         used = terms.weights[mask]
         metrics = self.trainer._metrics["train"]
@@ -236,8 +239,11 @@ def _check_trainer(trainer: Any) -> None:
     if is_dpo:
         check_version("PreferenceSelection", "trl", "trl")
     if not is_dpo or not all(hasattr(trainer, name) for name in _USED):
-        refuse("trainer", "TRL's DPOTrainer", type(trainer).__name__, "Use TRL 1.16.")
+        tested = f"Install the TRL it was tested with: pip install trl=={TESTED_TRL}."
+        remedy = tested if is_dpo else right_callback(trainer)
+        refuse("trainer", "TRL's DPOTrainer", type(trainer).__name__, remedy)
     args = trainer.args
+    warn_slow_bfloat16("PreferenceSelection", args)
     attached = getattr(trainer.compute_loss, "__self__", trainer) is not trainer
     parallel = {n: getattr(trainer, f"get_{n}_size")() for n in ("tp", "cp", "sp")}
     counting = [name for name in trainer.loss_types if name in _COUNTING]
@@ -245,13 +251,13 @@ def _check_trainer(trainer: Any) -> None:
         (attached, "trainer", "without another callback on its loss", "one that has it",
          "detach() the first."),
         (trainer.precompute_ref_logps, "precompute_ref_log_probs", "off", True,
-         "Its sums over tokens are taken before there are weights."),
+         "Set it to False: its sums over tokens are taken before there are weights."),
         (bool(counting), "loss_type", f"none of {', '.join(_COUNTING)}", ", ".join(counting),
          "They divide by the number of tokens, which weights change. Use 'sigmoid'."),
         (trainer.use_weighting, "use_weighting", "off", True,
-         "It would read the weighted log-probabilities as the policy's own."),
+         "Set it to False: it would read the weighted log-probabilities as the policy's own."),
         (trainer._is_vision_dataset, "train_dataset", "of text", "images",
-         "Places of tokens are known for tokenized text only."),
+         "Train on text: places of tokens are known for tokenized text only."),
         (max(parallel.values()) > 1, "tensor, context and sequence parallel sizes", "1", parallel,
          "Use data parallelism (DDP, FSDP, DeepSpeed)."),
         (args.auto_find_batch_size, "auto_find_batch_size", "off", True,

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onlinesel.agreement import check_candidates
+from onlinesel.agreement import check_arguments, check_candidates
 from onlinesel.callbacks import _attach
 from onlinesel.callbacks._announce import opening
 from onlinesel.callbacks._fused import FusedHeadScorer
@@ -160,7 +160,7 @@ class OnlineSelection(TrainerCallback):
         self.selector = Selector(strategy, seed=seed)
         self.normalize = strategy.normalize if normalize is None else normalize
         self._observing = bool(strategy.observes) or bool(getattr(mixture, "needs", ()))
-        _attach.check_arguments(candidates, scope, self.normalize)
+        check_arguments("OnlineSelection", candidates, scope, self.normalize)
         _attach.check_trainer(
             trainer, strategy, candidates=candidates, shadow=shadow, reference=reference,
             weighs=self.normalize == "samples" or self._observing, groups=groups,

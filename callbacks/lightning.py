@@ -236,7 +236,8 @@ class OnlineSelection(Callback):
             if not self._over():
                 data.refuse(
                     "checkpoint", "one of a run with OnlineSelection, or of an epoch's end",
-                    trainer.ckpt_path, "Which rows it had trained in this epoch is not known.",
+                    trainer.ckpt_path, "Begin without ckpt_path: which rows it had trained in "
+                    "this epoch is not known.",
                 )  # fmt: skip
             begin_epoch(trainer.fit_loop)
         self._source.meter.start(self.step or None, writes=rank() == 0)

@@ -11,9 +11,45 @@ import torch.distributed as dist
 from torch import Tensor
 
 from onlinesel.distributed import world_size
+from onlinesel.step import SCOPES
 from onlinesel.types import Strategy
 
-__all__ = ["check_candidates", "check_settings", "smallest_over_ranks", "stack_over_ranks"]
+NORMALIZE = ("tokens", "samples")
+
+__all__ = [
+    "check_arguments",
+    "check_candidates",
+    "check_settings",
+    "smallest_over_ranks",
+    "stack_over_ranks",
+]
+
+
+def check_arguments(owner: str, candidates: object, scope: object, normalize: object) -> None:
+    """Refuse arguments that every host takes and that mean nothing.
+
+    Args:
+        owner: Name used in errors.
+        candidates: Candidates per trained row.
+        scope: What competes.
+        normalize: Whether the loss is a mean over tokens or over rows.
+
+    Raises:
+        ValueError: One of them is none of what it may be.
+    """
+    whole = isinstance(candidates, int) and not isinstance(candidates, bool)
+    for good, name, rule, got, remedy in (
+        (whole and int(candidates) >= 1, "candidates", "an integer >= 1", candidates,  # type: ignore[call-overload]
+         "Use 1 to weigh without dropping."),
+        (scope in SCOPES, "scope", f"one of {', '.join(SCOPES)}", scope,
+         "With 'global' all candidates of a step compete, with 'rank' those of each process, with "
+         "'batch' those of each micro-batch."),
+        (normalize in NORMALIZE, "normalize", "'tokens', 'samples' or None", normalize,
+         "'tokens' is the mean over labelled tokens, 'samples' that over the rows' means, and None "
+         "leaves it to the method."),
+    ):  # fmt: skip
+        if not good:
+            raise ValueError(f"{owner}: {name} must be {rule}, got {got!r}. {remedy}")
 
 
 def check_candidates(owner: str, strategy: Strategy, candidates: int) -> None:

@@ -131,7 +131,7 @@ class CausalLMScorer:
             if value not in allowed:
                 raise ValueError(
                     f"CausalLMScorer: {name} must be one of {', '.join(allowed)}, got {value!r}. "
-                    "See the scorer's docstring."
+                    f"Use {allowed[0]!r}; help(CausalLMScorer) tells them apart."
                 )
         unknown = [name for name in needs if name not in self.provides]
         if unknown:

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from onlinesel import When, strategies
+from onlinesel.agreement import check_arguments
 from onlinesel.report.runlog import RunLog
 from onlinesel.strategies import Uniform
 from onlinesel.types import Strategy
@@ -42,7 +43,6 @@ try:
     )
     from trl.data_utils import get_dataset_column_names
 
-    from onlinesel.callbacks._attach import check_arguments
     from onlinesel.callbacks.hf import OnlineSelection
     from onlinesel.recipes._arguments import CommandLine
 except ImportError as error:
@@ -159,7 +159,8 @@ def make_trainer(
     """
     # All that can be checked before minutes are spent on model and data.
     strategy = make_strategy(selection)
-    check_arguments(selection.candidates, selection.scope, selection.normalize or "tokens")
+    normalize = selection.normalize or strategy.normalize
+    check_arguments(_COMMAND.name, selection.candidates, selection.scope, normalize)
     _check_model(model, selection, strategy)
     dataset = _COMMAND.load_data(script, mixture)
     train = _COMMAND.split(dataset, script.dataset_train_split, "dataset_train_split")

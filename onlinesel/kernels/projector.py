@@ -264,7 +264,8 @@ class JLProjector:
         if hidden.dim() != 3 or folded.dim() != 2:
             raise ValueError(
                 f"JLProjector.project: hidden must be of shape (batch, time, d) and folded a "
-                f"matrix, got {tuple(hidden.shape)} and {tuple(folded.shape)}. See fold()."
+                f"matrix, got {tuple(hidden.shape)} and {tuple(folded.shape)}. fold(head) gives "
+                "the matrix."
             )
         extra = folded.shape[0] - hidden.shape[2]
         if folded.shape[1] != self.vocab_dim or extra not in (0, 1):

@@ -95,7 +95,8 @@ class RunLog:
         if used and resume_step is None:
             raise ValueError(
                 f"RunLog: path must be a directory without steps, got {self.path} with {used[0]}. "
-                "Pass resume_step=k to continue that run after step k (0 starts it afresh)."
+                "Name another folder (record=), remove this one, or resume from a checkpoint of "
+                "that run. A RunLog of your own takes resume_step."
             )
         for name in used:
             _drop_after(self.path / name, operator.index(resume_step or 0) - _STEPPED[name])

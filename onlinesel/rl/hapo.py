@@ -243,7 +243,7 @@ def _check(method: HAPO) -> None:
     if method.neutral not in _NEUTRAL:
         raise ValueError(
             f"HAPO: neutral must be one of {', '.join(_NEUTRAL)}, got {method.neutral!r}. "
-            "See the method card."
+            f"Leave it out for {HAPO.neutral!r}; help(HAPO) tells them apart."
         )
     if method.clip is not None and (len(method.clip) != 2 or not all(c > 0 for c in method.clip)):
         raise ValueError(

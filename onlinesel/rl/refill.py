@@ -87,7 +87,9 @@ class Refill:
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"Refill: {name} must be one of {', '.join(known)}, got "
-                    f"{getattr(self, name)!r}. The docstring says what each one does."
+                    f"{getattr(self, name)!r}. Leave it out for {getattr(Refill, name)!r}; "
+                    "help(Refill) "
+                    "says what each one does."
                 )
 
     def ask(

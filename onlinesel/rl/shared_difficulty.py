@@ -198,7 +198,8 @@ class SharedDifficulty(PromptSampler):
         if bad.shape[0]:
             raise ValueError(
                 f"SharedDifficulty: features must be finite, got others in {bad.shape[0]} of "
-                f"{prompts} rows, the first is {int(bad[0])}. Look at the column or the model."
+                f"{prompts} rows, the first is {int(bad[0])}. Leave these problems out, or "
+                "name another column by features=."
             )
         x = principal_features(features, self.components)
         own = torch.zeros(prompts, dtype=torch.float64)

@@ -157,7 +157,8 @@ def _check(method: AdaptiveTemperature) -> None:
     if method.rule not in _RULES:
         raise ValueError(
             f"AdaptiveTemperature: rule must be one of {', '.join(_RULES)}, got "
-            f"{method.rule!r}. See the method card."
+            f"{method.rule!r}. Leave it out for {AdaptiveTemperature.rule!r}; "
+            "help(AdaptiveTemperature) tells them apart."
         )
     if not 0 < method.lowest <= 1:
         raise ValueError(

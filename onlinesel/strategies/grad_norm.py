@@ -132,7 +132,8 @@ class GradNorm(Strategy):
             if value not in allowed:
                 raise ValueError(
                     f"GradNorm: {name} must be one of {', '.join(allowed)}, got {value!r}. "
-                    "See the method card."
+                    f"Leave it out for {getattr(GradNorm, name)!r}; help(GradNorm) tells them "
+                    "apart."
                 )
         if not 0 <= self.floor <= 1:
             raise ValueError(

@@ -204,7 +204,8 @@ def _check(method: LossReweight) -> None:
         if value not in allowed:
             raise ValueError(
                 f"LossReweight: {name} must be one of {', '.join(allowed)}, got {value!r}. "
-                "See the method card."
+                f"Leave it out for {getattr(LossReweight, name)!r}; help(LossReweight) tells "
+                "them apart."
             )
     if not (math.isfinite(method.temperature) and method.temperature > 0):
         raise ValueError(

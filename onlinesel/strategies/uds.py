@@ -283,5 +283,5 @@ def _check(method: UDS) -> None:
         if value not in allowed:
             raise ValueError(
                 f"UDS: {name} must be one of {', '.join(allowed)}, got {value!r}. "
-                "See the arguments of UDS."
+                f"Leave it out for {getattr(UDS, name)!r}; help(UDS) tells them apart."
             )

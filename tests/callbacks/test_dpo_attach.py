@@ -86,10 +86,10 @@ def test_a_callback_that_was_not_added_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs must be off, got True. Its"),
+        ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs must be off, got True. Set"),
         ({"loss_type": ["sigmoid", "sft"]}, "loss_type must be none of ipo, .*, got sft. They"),
         ({"loss_type": ["ipo", "sigmoid_norm"]}, "loss_type must be none .* got ipo, sigmoid_norm"),
-        ({"use_weighting": True}, "use_weighting must be off, got True. It would"),
+        ({"use_weighting": True}, "use_weighting must be off, got True. Set it"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size must be off, got True. A retried"),
     ],
 )
@@ -102,13 +102,13 @@ def test_bad_settings(tmp_path: Path, changes: dict[str, Any], message: str) -> 
 
 
 def test_bad_trainers_and_weights(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="trainer must be TRL's DPOTrainer, got Trainer. Use TRL"):
+    with pytest.raises(ValueError, match="trainer must be TRL's DPOTrainer, got Trainer. Use on"):
         PreferenceSelection(make_trainer(tmp_path), HIDE)
     trainer = make_dpo_trainer(tmp_path)
     with pytest.raises(TypeError, match="weights must be a PreferenceWeights instance, got <class"):
         PreferenceSelection(trainer, TARS)  # type: ignore[arg-type]
     trainer._is_vision_dataset = True
-    with pytest.raises(ValueError, match="train_dataset must be of text, got images. Places of"):
+    with pytest.raises(ValueError, match="train_dataset must be of text, got images. Train on"):
         PreferenceSelection(trainer, HIDE)
     trainer._is_vision_dataset = False
     trainer.get_tp_size = lambda: 2
@@ -126,7 +126,7 @@ def test_bad_answers_are_refused(tmp_path: Path) -> None:
             return PreferenceTerms(torch.ones(tokens.ids.shape), tokens.ids)
 
     for weights, message in (
-        (Short(), r"weights must be of the batch's shape \(4, \d+\), got \(4, \d+\). Short"),
+        (Short(), r"weights must be of the batch's shape \(4, \d+\), got \(4, \d+\). Let"),
         (Late(("policy",)), "inputs must be None from weights that need 'policy', got token ids"),
     ):
         trainer = make_dpo_trainer(tmp_path)

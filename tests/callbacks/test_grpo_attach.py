@@ -171,7 +171,7 @@ def test_parts_of_another_kind_are_refused(
 
 
 def test_other_trainers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="trainer must be a TRL GRPOTrainer, got Trainer. For Tr"):
+    with pytest.raises(ValueError, match="trainer must be a TRL GRPOTrainer, got Trainer. Use on"):
         RolloutSelection(make_trainer(tmp_path))
 
 

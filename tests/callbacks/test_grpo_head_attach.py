@@ -138,7 +138,7 @@ def test_a_head_of_another_trl_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     trainer = make_grpo_trainer(tmp_path)
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Moved)
     with pytest.raises(ValueError, match=r"fused head takes hidden, .*outputs for fused_logprobs, "
-                       r"got hidden, weight. Install the TRL"):  # fmt: skip
+                       r"got hidden, weight. Install the one"):  # fmt: skip
         RolloutSelection(trainer, fused_logprobs=True)
     monkeypatch.delattr(utils, "_ChunkedLogProbFunction")
     with pytest.raises(ValueError, match="got one without _ChunkedLogProbFunction"):

@@ -121,7 +121,7 @@ def test_the_mixture_is_told_the_losses_of_the_rows_that_trained(tmp_path: Path)
     ("strategy", "options", "message"),
     [
         (PerGroup(TopLoss()), {}, "groups must be the column with the group of each row, got None"),
-        (TopLoss(), {"groups": "source"}, "must be columns of the training dataset, got 'source'"),
+        (TopLoss(), {"groups": "source"}, "groups must be a column of the training dataset, got "),
         (TopLoss(), {"groups": "name"}, "groups must be a column of integers, got 'name'"),
         (TopLoss(), {"mixture": ODM()}, "groups must be the column with the domain of each row"),
         (

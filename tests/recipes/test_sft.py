@@ -171,7 +171,7 @@ LATE_REFUSALS = [
     ({"eval_strategy": "steps", "eval_steps": 1}, "onlinesel sft: dataset_test_split must be one"),
     ({"packing": True}, "onlinesel sft: OnlineSelection: padding_free must be off, got True. "),
     ({"reference": "x", "strategy": "UDS"}, "onlinesel sft: reference must be left out for UDS, "),
-    ({"scope": "planet"}, "onlinesel sft: OnlineSelection: scope must be "),
+    ({"scope": "planet"}, "onlinesel sft: scope must be one of "),
     ({"config": "nowhere.yaml"}, "onlinesel sft: config must be a YAML file that is there, got"),
     (
         {"candidate_rows": 4},
@@ -188,7 +188,7 @@ LATE_REFUSALS = [
     ({"dataset_name": "rows/of/mine"}, "dataset_name must be a file or folder that is there, or"),
     ({"dataset_name": __file__}, "dataset_name must be a file of .jsonl, .json, .csv, .parquet, "),
     ({"reference": "/gone", "strategy": "RHOLoss"}, "reference must be a file or folder that is "),
-    ({"candidates": 0}, "onlinesel sft: OnlineSelection: candidates must be an integer >= 1"),
+    ({"candidates": 0}, "onlinesel sft: candidates must be an integer >= 1"),
 ]
 
 

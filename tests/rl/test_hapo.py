@@ -286,7 +286,7 @@ def test_properties(values: list[float], rho: float, dtype: torch.dtype, seed: i
         ({"rho": NAN}, r"rho must be in \[0, 1\], got nan\. "),
         ({"advantage_scale": -0.1}, r"advantage_scale must be in \[0, 1\], got -0\.1\. Use 1\.0"),
         ({"clip_scale": -1.0}, r"clip_scale must be at least 0 and finite, got -1\.0\. Use 1\.0"),
-        ({"neutral": "v2"}, r"neutral must be one of adapted, base, got 'v2'\. See"),
+        ({"neutral": "v2"}, r"neutral must be one of adapted, base, got 'v2'\. Leave"),
         ({"clip": (0.2,)}, r"clip must be two positive numbers or None, got \(0\.2,\)\. Use"),
         ({"clip": (0.2, 0.0)}, r"clip must be two positive numbers or None, got \(0\.2, 0\.0\)"),
     ],

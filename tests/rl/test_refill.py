@@ -178,9 +178,9 @@ def test_the_choice_is_the_generators() -> None:
         ({"max_rollouts": 0}, r"max_rollouts must be at least 1, got 0\. Use None for no bound"),
         (
             {"on_short": "pad"},
-            r"on_short must be one of partial, replace, top_up, skip, raise, got 'pad'\. The doc",
+            r"on_short must be one of partial, replace, top_up, skip, raise, got 'pad'\. Leave",
         ),
-        ({"leftover": "keep"}, r"leftover must be one of discard, carry, got 'keep'\. The doc"),
+        ({"leftover": "keep"}, r"leftover must be one of discard, carry, got 'keep'\. Leave"),
     ],
 )
 def test_errors(arguments: dict[str, Any], message: str) -> None:

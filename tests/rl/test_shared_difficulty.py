@@ -389,7 +389,7 @@ def test_errors(arguments: dict[str, Any], message: str) -> None:
         (torch.zeros(3), r"a matrix of 3 rows, got \(3,\)\. Give"),
         (torch.zeros(3, 0), r"a matrix of 3 rows, got \(3, 0\)\. Give"),
         (torch.tensor([[0.0], [NAN], [float("inf")]]),
-         r"finite, got others in 2 of 3 rows, the first is 1\. Look at the column"),
+         r"finite, got others in 2 of 3 rows, the first is 1\. Leave these pro"),
     ],
 )  # fmt: skip
 def test_errors_of_the_features(features: Tensor | None, message: str) -> None:

@@ -132,7 +132,7 @@ def test_the_function_has_the_defaults_of_the_class() -> None:
     ("arguments", "message"),
     [
         ({"tau": -0.1}, r"tau must be at least 0 and finite, got -0\.1\. Use 0\.05"),
-        ({"rule": "v2"}, r"rule must be one of clamped, unbounded, got 'v2'\. See"),
+        ({"rule": "v2"}, r"rule must be one of clamped, unbounded, got 'v2'\. Leave"),
         ({"lowest": 0.0}, r"lowest must be in \(0, 1\], got 0\.0\. It is a share"),
         ({"rho": -0.5}, r"rho must be in \[0, 1\], got -0\.5\. Use 0\.8"),
     ],

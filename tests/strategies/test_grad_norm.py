@@ -103,8 +103,8 @@ def test_unbiased_mode_never_trains_more_distinct_rows_than_draws() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"signal": "loss"}, r"GradNorm: signal must be one of el2n, grad_norm, got 'loss'\. See"),
-        ({"mode": "best"}, r"GradNorm: mode must be one of top, unbiased, got 'best'\. See"),
+        ({"signal": "loss"}, r"GradNorm: signal must be one of el2n, grad_norm, got 'loss'\. Lea"),
+        ({"mode": "best"}, r"GradNorm: mode must be one of top, unbiased, got 'best'\. Leave"),
         ({"floor": 1.5}, r"GradNorm: floor must be in \[0, 1\], got 1\.5\. Use 0\.1"),
         ({"floor": NAN}, r"GradNorm: floor must be in \[0, 1\], got nan\. "),
     ],

@@ -247,8 +247,8 @@ def test_the_normaliser_is_over_rows() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "upper"}, r"kind must be one of linupper, quadratic, .*, got 'upper'\. See"),
-        ({"bounds": "ema"}, r"bounds must be one of minmax, quantile, got 'ema'\. See"),
+        ({"kind": "upper"}, r"kind must be one of linupper, quadratic, .*, got 'upper'\. Leave"),
+        ({"bounds": "ema"}, r"bounds must be one of minmax, quantile, got 'ema'\. Leave"),
         ({"temperature": 0.0}, r"temperature must be positive and finite, got 0\.0\. Use 0\.4"),
         ({"temperature": NAN}, r"temperature must be positive and finite, got nan\. "),
         ({"quantiles": (0.9, 0.1)}, r"quantiles must be two ascending shares, got \(0\.9, 0\.1\)"),

@@ -271,7 +271,7 @@ def test_an_embedding_of_another_width_is_refused() -> None:
         ({"vocab_dim": 0}, r"vocab_dim must be at least 1, got 0\. "),
         ({"time_dim": -1}, r"time_dim must be at least 1, got -1\. "),
         ({"time": 0}, r"time must be at least 1, got 0\. "),
-        ({"rows": "prompt"}, r"rows must be one of attention, response, all, got 'prompt'\. See"),
+        ({"rows": "prompt"}, r"rows must be one of attention, response, all, got 'prompt'\. Leave"),
         ({"length": "log"}, r"length must be one of raw, rows, sqrt, got 'log'\. "),
         ({"scale": "fft"}, r"scale must be one of unit, uds, got 'fft'\. "),
     ],
