@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from trl.trainer import grpo_trainer
 
-from onlinesel.callbacks._grpo_outcomes import Outcomes
-from onlinesel.callbacks._grpo_rewards import RewardGuard
 from onlinesel.callbacks.grpo import RolloutSelection
 from onlinesel.rl import (
     MaxVariance,
@@ -35,6 +34,7 @@ from tests.callbacks.grpo_hosts import (
     spy,
     weights,
 )
+from tests.callbacks.hosts import arguments, make_model, make_tokenizer
 
 TASKS = [math_ok, code_ok, length_bonus]
 RIGHTS = (2, 1, 0, 3, 4, 2, 1, 0)
@@ -134,17 +134,82 @@ def test_functions_of_one_name_are_told_apart(tmp_path: Path) -> None:
         assert len({row[0] for row in rows(made[0])}) == kept
 
 
-def test_environments_have_names_as_reward_functions_have(tmp_path: Path) -> None:
-    """TRL appends one reward column for each class that gives its own reward, under its name."""
-    trainer = SimpleNamespace(
-        reward_func_names=["style", "Sums", "Programs"], reward_funcs=[1, 2, 3], num_generations=2
+class Sums:
+    """An environment that gives its own reward: every second of its answers is right."""
+
+    every, asked = 2, 0
+
+    def reset(self, **row: Any) -> None:
+        return None
+
+    def show(self, number: str) -> str:
+        """Show a number.
+
+        Args:
+            number: Which one.
+
+        Returns:
+            It.
+        """
+        return number
+
+    def get_reward(self) -> float:
+        kind = type(self)
+        kind.asked += 1
+        return float(kind.asked % kind.every == 0)
+
+
+class Programs(Sums):
+    """Every fourth of its answers is right."""
+
+    every, asked = 4, 0
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'environment_factory'")
+@pytest.mark.filterwarnings("ignore:The tokenizer has a legacy:FutureWarning")
+def test_environments_have_names_as_reward_functions_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL gives each environment class a reward column of its name, None on the others' rows."""
+
+    def parsed(tokenizer: Any, ids: list[int], **_: Any) -> dict[str, str]:
+        return {"role": "assistant", "content": tokenizer.decode(ids)}
+
+    monkeypatch.setattr(grpo_trainer, "parse_response", parsed)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }} {% for t in m.tool_calls or [] %}"
+        "{{ t.function.name }} {{ t.function.arguments }}{% endfor %}{% endfor %}"
+        "{% for t in tools or [] %} w5{% endfor %}{% if add_generation_prompt %} w4{% endif %}"
     )
-    nan = float("nan")
-    rewards = torch.tensor([[9.0, 1.0, nan], [9.0, 0.0, nan], [9.0, nan, 1.0], [nan, nan, nan]])
-    found = Outcomes(trainer, ("Sums", "Programs"), None, asking=["gate"], counting=True)
-    value = found.of(rewards, [{}] * 4, RewardGuard(None))
-    torch.testing.assert_close(value, torch.tensor([1.0, 0.0, 1.0, nan]), equal_nan=True)
-    assert found.name == "Sums, Programs"
+    tokenizer.response_schema = {"type": "object", "properties": {"content": {"type": "string"}}}
+    names = ["sums", "programs"] * 4
+    rows = [
+        {"prompt": [{"role": "user", "content": f"w{2 + i}"}], "environment": name}
+        for i, name in enumerate(names)
+    ]
+    values = {
+        "num_generations": 4, "per_device_train_batch_size": 16, "max_completion_length": 4,
+        "bf16": False, "gradient_checkpointing": False, "max_steps": 4,
+    }  # fmt: skip
+    trainer = grpo_trainer.GRPOTrainer(
+        make_model(),
+        reward_funcs=None,
+        args=grpo_trainer.GRPOConfig(**arguments(tmp_path, **values)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        environment_factory={"sums": Sums, "programs": Programs},
+    )
+    parts = {"gate": ZeroVariance(), "prompts": Thompson(discount=1.0)}
+    callback = attach(trainer, **parts, outcome=["Sums", "Programs"])
+    trainer.train()
+    visited = 0
+    for name, row in zip(names, callback.prompt_table(), strict=True):
+        right = 2 if name == "sums" else 1
+        wanted = (1 + right * row["visits"]) / (2 + 4 * row["visits"])
+        assert row["rate"] == pytest.approx(wanted)
+        visited += row["visits"]
+    assert visited == 16
 
 
 # Graded outcomes ----------------------------------------------------------------------------
