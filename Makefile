@@ -14,7 +14,7 @@ LANE = test -x $(1)/bin/python || $(PYTHON) -m venv $(1); \
 	$(1)/bin/python -m pip install --disable-pip-version-check --quiet $(2) --editable ".[dev]" && \
 	$(1)/bin/python -m pytest -p no:cacheprovider --numprocesses 2 --dist loadfile $(LANE_TESTS)
 
-.PHONY: help demo demo-grpo test test-lowest test-newest check
+.PHONY: help demo demo-grpo test test-lowest test-newest check results
 
 help:
 	@echo "make demo   compare selection methods on a small model; leaves runs/demo/report.html (SEEDS=$(SEEDS))"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-lowest  install the oldest versions allowed into .venv-lowest, and run the fast tests"
 	@echo "make test-newest  install the newest versions there are into .venv-newest, and run them"
 	@echo "make check  lint, check types, run the fast tests"
+	@echo "make results  write what a GPU measured (recipes/results/gpu_*.json) into the documentation"
 
 demo: $(INSTALLED)
 	@echo "== Demo: $(SEEDS) seed(s) on this machine's CPU, into runs/demo"
@@ -49,6 +50,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow"
+
+results: $(INSTALLED)
+	$(BIN)/python -m onlinesel.bench.gpu.page recipes/results README.md docs/gpu.md
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "== Installing onlinesel and its tools into .venv (the first time takes some minutes)"

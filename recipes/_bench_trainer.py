@@ -28,6 +28,7 @@ from onlinesel.bench._settings import at_least, clock, find_device
 from onlinesel.callbacks.hf import OnlineSelection
 
 __all__ = [
+    "IDLE",
     "PRESETS",
     "SIDES",
     "FirstStep",
@@ -84,6 +85,7 @@ class Side:
         checkpointing: Whether activations are checkpointed.
         selects: Whether a part of the candidates trains, or all of them.
         reuses: Whether the scoring forward is the training forward as well.
+        idle: Whether the callback is there with nothing to choose.
         like: Side whose gradient this one must have, or None.
     """
 
@@ -91,8 +93,12 @@ class Side:
     checkpointing: bool
     selects: bool = False
     reuses: bool = False
+    idle: bool = False
     like: str | None = None
 
+
+IDLE = Side("all rows, the callback has nothing to choose", False, idle=True)
+"""What the callback itself costs, beside training on all rows."""
 
 SIDES = {
     "all": Side("all rows", False),
@@ -239,6 +245,8 @@ def _trainer(sizes: StepSizes, side: Side, steps: int, *extra: TrainerCallback) 
                     reuse_forward=side.reuses,
                 )  # fmt: skip
             )
+        if side.idle:
+            trainer.add_callback(OnlineSelection(trainer, strategies.Uniform(), seed=sizes.seed))
         for callback in extra:  # behind the selection, whose own end of a step is part of it
             trainer.add_callback(callback)
         yield trainer

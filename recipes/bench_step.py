@@ -19,8 +19,8 @@ change them. A forward costs one, a backward two: with a kept share ``k`` the la
 Measured (``onlinesel bench step``, float32, one thread of an AMD EPYC, torch 2.13, 2026-11-25; a
 model of 8 layers, width 384, 16 candidates of 128 tokens, UDS; median of 6 steps, seed 0;
 ``recipes/results/bench_step_cpu.json``): 1.81 times the rows per second of training on all of them
-without checkpointing, and against all of them with it 1.98, or 2.11 with ``reuse_forward``. No GPU
-has run it yet.
+without checkpointing, and against all of them with it 1.98, or 2.11 with ``reuse_forward``.
+``docs/gpu.md`` has what a GPU measured.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ except ImportError as error:
         'onlinesel bench step needs transformers: pip install "onlinesel[hf]".'
     ) from error
 
-__all__ = ["StepSizes", "add_arguments", "bench_step", "figure", "run"]
+__all__ = ["StepSizes", "add_arguments", "as_text", "bench_step", "figure", "run"]
 
 _NOTES = (
     "Weights and rows are random: what the choice does to learning is not part of this.",
@@ -197,7 +197,8 @@ def _compare(found: dict[str, dict[str, Any]], base: str) -> None:
                 entry[key] = found[base][value] / entry[value]
 
 
-def _table(result: dict[str, Any]) -> str:
+def as_text(result: dict[str, Any]) -> str:
+    """Return a result as the table that the command prints."""
     def cell(name: str, form: str, heading: str) -> Any:
         return heading, lambda entry: entry.get(name), form
 
@@ -279,4 +280,4 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         sizes, steps=args.steps, repeats=args.repeats, threads=args.threads,
         memory=not args.no_memory,
     )  # fmt: skip
-    return {"command": command("step", args), **result}, _table(result)
+    return {"command": command("step", args), **result}, as_text(result)

@@ -1,5 +1,6 @@
-"""Benchmarks on the machine at hand: ``onlinesel bench scores|step|grpo|blocks|compiled|scale``.
+"""Benchmarks on the machine at hand: ``onlinesel bench NAME``, by these names.
 
+- ``gpu`` runs the others at the sizes of a GPU, with a time limit (:mod:`onlinesel.bench.gpu`);
 - ``scores`` times scores from hidden states against those from logits, the heads of other packages
   and the bare product (:mod:`onlinesel.bench.scores`);
 - ``step`` times whole training steps of transformers' Trainer, all rows and selected ones
@@ -28,14 +29,19 @@ from onlinesel.bench._text import new_figure
 from onlinesel.bench._ways import own_failures
 from onlinesel.bench.blocks import bench_blocks
 from onlinesel.bench.compiled import bench_compiled
+from onlinesel.bench.gpu import bench_gpu
 from onlinesel.bench.grpo import bench_grpo
 from onlinesel.bench.scale import bench_scale
 from onlinesel.bench.scores import bench_scores
 
-__all__ = ["bench_blocks", "bench_compiled", "bench_grpo", "bench_scale", "bench_scores", "main"]
+__all__ = [
+    "bench_blocks", "bench_compiled", "bench_gpu", "bench_grpo", "bench_scale", "bench_scores",
+    "main",
+]  # fmt: skip
 
-# Imported when it is asked for: a training step needs a trainer.
+# Imported when it is asked for: some need a trainer or triton.
 _BENCHMARKS = {
+    "gpu": ("onlinesel.bench.gpu", "everything that a GPU can say, within some minutes"),
     "scores": ("onlinesel.bench.scores", "scores from hidden states, and the heads of others"),
     "step": ("onlinesel.recipes.bench_step", "training steps, on all rows and on chosen ones"),
     "grpo": ("onlinesel.bench.grpo", "a policy's head, forward and backward"),

@@ -1,4 +1,4 @@
-"""Synthetic states, head and labels, the same on every device."""
+"""Synthetic states, head and labels, the same on every device of a kind."""
 
 from __future__ import annotations
 
@@ -75,24 +75,29 @@ class HeadInputs:
     def __init__(self, sizes: HeadSizes) -> None:
         self.sizes = sizes
         rows, tokens, width = sizes.batch, sizes.tokens, sizes.width
-        g = torch.Generator().manual_seed(sizes.seed)
-        decay = torch.arange(1, width + 1).float().rsqrt()
-        hidden = torch.randn(rows, tokens, width, generator=g) * decay
-        hidden += 0.5 * torch.randn(width, generator=g) * decay
+        # Drawn where they are used: a processor needs ten seconds for the widest head.
+        g = torch.Generator(sizes.device).manual_seed(sizes.seed)
+        on = sizes.device
+        decay = torch.arange(1, width + 1, device=on).float().rsqrt()
+        hidden = torch.randn(rows, tokens, width, generator=g, device=on) * decay
+        hidden += 0.5 * torch.randn(width, generator=g, device=on) * decay
         hidden *= width**0.5 / hidden.norm(dim=2, keepdim=True)
-        weight = torch.randn(sizes.vocab, width, generator=g).mul_(_LOGIT_STD / width**0.5)
-        labels = torch.randint(0, sizes.vocab, (rows, tokens), generator=g)
-        lean = _CERTAIN * torch.rand(rows, tokens, 1, generator=g)
+        weight = torch.randn(sizes.vocab, width, generator=g, device=on).mul_(
+            _LOGIT_STD / width**0.5
+        )
+        labels = torch.randint(0, sizes.vocab, (rows, tokens), generator=g, device=on)
+        lean = _CERTAIN * torch.rand(rows, tokens, 1, generator=g, device=on)
         chosen = weight[labels]
         hidden += lean * chosen / chosen.square().sum(dim=2, keepdim=True)
-        upstream = torch.randn(2, rows * tokens, generator=g) * torch.tensor([[1.0], [0.01]])
-        order = torch.randperm(rows * tokens, generator=g)
+        upstream = torch.randn(2, rows * tokens, generator=g, device=on)
+        upstream[1] *= 0.01
+        order = torch.randperm(rows * tokens, generator=g, device=on)
         upstream[:, order[: round(sizes.dropped * rows * tokens)]] = 0.0
-        self.hidden = hidden.to(sizes.device, sizes.dtype)
-        self.weight = weight.to(sizes.device, sizes.dtype)
+        self.hidden = hidden.to(sizes.dtype)
+        self.weight = weight.to(sizes.dtype)
         self.head = LMHead(self.weight)
-        self.labels = labels.to(sizes.device)
-        self.upstream = upstream.to(sizes.device)
+        self.labels = labels
+        self.upstream = upstream
 
     @property
     def states(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -14,15 +14,22 @@ from onlinesel.bench._measure import Call
 from onlinesel.bench._ways import Way, fused_head, liger_scaled
 from onlinesel.kernels import LMHead, policy_logprobs
 
-__all__ = ["POLICY_WAYS", "PolicyErrors"]
+__all__ = ["POLICY_WAYS", "PolicyErrors", "forwards"]
 
 Forward = Callable[[], tuple[Tensor, Tensor]]
 
 
-def _trained(inputs: HeadInputs, make: Callable[[HeadInputs, Tensor, Tensor], Forward]) -> Call:
+Make = Callable[[HeadInputs, Tensor, Tensor], Forward]
+
+
+def _leaves(inputs: HeadInputs) -> tuple[Tensor, Tensor]:
+    """Return states and head that want gradients."""
+    return inputs.hidden.detach().requires_grad_(), inputs.weight.detach().requires_grad_()
+
+
+def _trained(inputs: HeadInputs, make: Make) -> Call:
     """Prepare forward and backward, with states and head that want gradients."""
-    states = inputs.hidden.detach().requires_grad_()
-    weight = inputs.weight.detach().requires_grad_()
+    states, weight = _leaves(inputs)
     forward = make(inputs, states, weight)
 
     def call() -> dict[str, Tensor]:
@@ -105,6 +112,15 @@ POLICY_WAYS = (
     _way("liger_scaled", "Liger scaled CE", _liger, "liger_kernel", counted=False),
 )  # fmt: skip
 """Those that are no bare products give the gradients of ``states`` and ``weight``."""
+
+
+def forwards(inputs: HeadInputs, names: Iterable[str]) -> dict[str, Call]:
+    """Prepare the forward alone of these ways, with the graph that a backward would need."""
+    return {
+        way.name: way.prepare.keywords["make"](inputs, *_leaves(inputs))
+        for way in POLICY_WAYS
+        if way.name in names and isinstance(way.prepare, partial) and not way.roof
+    }
 
 
 class PolicyErrors:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 __all__ = [
+    "LeftOut",
     "add_common",
     "at_least",
     "clock",
@@ -28,6 +29,10 @@ __all__ = [
 ]
 
 _PACKAGES = ("transformers", "trl", "triton", "liger-kernel", "cut-cross-entropy")
+
+
+class LeftOut(Exception):
+    """A part of a benchmark cannot run on this machine; the text says why."""
 
 
 def clock() -> float:

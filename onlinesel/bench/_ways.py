@@ -23,13 +23,16 @@ from onlinesel.bench._measure import (
     Peak,
     in_fresh_process,
     take_turns,
+    timed,
 )
 from onlinesel.kernels._backend import interpreting
 
-__all__ = ["Way", "compare", "fused_head", "liger_scaled", "note_failure", "own_failures"]
+__all__ = ["SLOW", "Way", "compare", "fused_head", "liger_scaled", "note_failure", "own_failures"]
 
 Entry = dict[str, Any]
 Check = Callable[["Way", Any], dict[str, Any]]
+
+SLOW = 20.0  # seconds of a call beside which what only a first call pays is little
 
 
 @dataclass(frozen=True)
@@ -106,11 +109,13 @@ def compare(
 
     Returns:
         By name ``label`` and ``ours``, and either ``absent``, ``failed``, or ``seconds`` (median),
-        ``runs``, ``spread`` (fastest and slowest), ``error``, ``gflop`` and ``peak_mib``.
+        ``runs``, ``spread`` (fastest and slowest), ``error``, ``gflop`` and ``peak_mib``. A way
+        that takes longer than :data:`SLOW` is called once: ``cold``, and without a peak.
     """
     device = inputs.sizes.device
     found: dict[str, Entry] = {}
     calls: dict[str, Call] = {}
+    taken: dict[str, list[float]] = {}
     for way in ways:
         entry = found[way.name] = {"label": way.label, "ours": way.ours}
         reason = way.absent(device)
@@ -118,26 +123,41 @@ def compare(
             entry["absent"] = reason
             continue
         try:
-            call = way.prepare(inputs)
-            with CountedProducts() as counted:
-                output = call()
-            entry["error"] = {} if way.roof else check(way, output)
-            del output
-            if way.counted:
-                entry["gflop"] = counted.flops / 1e9
-            calls[way.name] = call
+            calls[way.name] = way.prepare(inputs)
+            first = _first_call(way, calls[way.name], check, entry, device)
+            if first > SLOW:
+                entry["cold"] = True
+                taken[way.name] = [first]
         except Exception as error:
             note_failure(entry, error)
-    taken = take_turns(calls, repeats, device, lambda n, e: note_failure(found[n], e))
+            calls.pop(way.name, None)
+    again = {name: call for name, call in calls.items() if name not in taken}
+    taken |= take_turns(again, repeats, device, lambda n, e: note_failure(found[n], e))
     for name, seconds in taken.items():
         found[name] |= {
             "seconds": median(seconds), "runs": len(seconds), "spread": [min(seconds), max(seconds)]
         }  # fmt: skip
     if memory:
         for way in ways:
-            if way.name in taken and not way.roof:
+            if way.name in taken and not way.roof and "cold" not in found[way.name]:
                 _weigh(way, inputs, calls[way.name], found[way.name])
     return found
+
+
+def _first_call(way: Way, call: Call, check: Check, entry: Entry, device: torch.device) -> float:
+    """Call a way for the first time, note its errors and products; return its seconds."""
+    output: Any = None
+
+    def kept() -> None:
+        nonlocal output
+        output = call()
+
+    with CountedProducts() as counted:
+        seconds = timed(kept, device)
+    entry["error"] = {} if way.roof else check(way, output)
+    if way.counted:
+        entry["gflop"] = counted.flops / 1e9
+    return seconds
 
 
 def _weigh(way: Way, inputs: HeadInputs, call: Call, entry: Entry) -> None:

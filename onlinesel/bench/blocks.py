@@ -25,7 +25,7 @@ from onlinesel.bench._text import bars, headline, new_figure, remarks, table, un
 from onlinesel.kernels._blocks import Blocks, candidate_blocks, shared_memory
 from onlinesel.kernels._measured import entry_text
 
-__all__ = ["add_arguments", "bench_blocks", "figure", "run"]
+__all__ = ["add_arguments", "as_text", "bench_blocks", "figure", "run"]
 
 _NO_SPEED = "Interpreted on a CPU: the seconds are no speeds of a GPU, and nothing is to be pasted."
 _SYNTHETIC = "States and heads are synthetic; no trained model was measured."
@@ -150,7 +150,8 @@ def _row_text(search: Search, result: Mapping[str, Any]) -> str | None:
     return entry_text(search.chosen, "\n".join(lines))
 
 
-def _table(result: dict[str, Any]) -> str:
+def as_text(result: dict[str, Any]) -> str:
+    """Return a result as the table that the command prints."""
     lines = []
     for point in result["points"]:
         lines += [
@@ -230,4 +231,4 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         device=args.device, dtype=args.dtype, error_tokens=args.error_tokens,
         threads=args.threads, seed=args.seed, source=line,
     )  # fmt: skip
-    return {"command": line, **result}, _table(result)
+    return {"command": line, **result}, as_text(result)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 from onlinesel.bench._inputs import HeadInputs, HeadSizes
-from onlinesel.bench._measure import release
-from onlinesel.bench._policy import POLICY_WAYS, PolicyErrors
+from onlinesel.bench._measure import release, take_turns
+from onlinesel.bench._policy import POLICY_WAYS, PolicyErrors, forwards
 from onlinesel.bench._settings import add_common, command, load, machine, settle, threads_set
 from onlinesel.bench._text import (
     Column,
@@ -27,9 +28,9 @@ from onlinesel.bench._text import (
     table,
     unmeasured,
 )
-from onlinesel.bench._ways import compare
+from onlinesel.bench._ways import compare, note_failure
 
-__all__ = ["add_arguments", "bench_grpo", "figure", "run"]
+__all__ = ["add_arguments", "as_text", "bench_grpo", "figure", "run"]
 
 _NOTES = (
     "States, head and upstream gradients are synthetic; no trained model was measured.",
@@ -105,18 +106,42 @@ def _point(sizes: HeadSizes, repeats: int, error_tokens: int, memory: bool) -> d
     inputs = HeadInputs(sizes)
     errors = PolicyErrors(inputs, error_tokens)
     ways = compare(POLICY_WAYS, inputs, errors, repeats=repeats, memory=memory)
+    _time_backwards(ways, inputs, repeats)
     return {"dropped": sizes.dropped, "ways": ways, "speedup": _ratios(ways)}
 
 
+def _time_backwards(ways: dict[str, Any], inputs: HeadInputs, repeats: int) -> None:
+    """Note the seconds of the backward: what forward and backward take beyond the forward."""
+    calls = forwards(inputs, [name for name, entry in ways.items() if "seconds" in entry])
+
+    def failed(name: str, error: Exception) -> None:
+        note_failure(ways[name], error)
+
+    for name, seconds in take_turns(calls, repeats, inputs.sizes.device, failed).items():
+        ways[name]["backward_seconds"] = max(0.0, ways[name]["seconds"] - median(seconds))
+
+
 def _ratios(ways: dict[str, Any]) -> dict[str, float]:
-    """Return how many times faster the fastest backend is than each of the others."""
-    seconds = {name: entry["seconds"] for name, entry in ways.items() if "seconds" in entry}
-    backends = [seconds[name] for name in ("torch", "tile", "triton") if name in seconds]
-    others = [name for name in ("log_softmax", "trl", "liger_scaled") if name in seconds]
-    return {f"over_{name}": seconds[name] / min(backends) for name in others if backends}
+    """Return how many times faster the fastest backend is than each of the others.
+
+    ``over_`` is for forward and backward, ``backward_over_`` for the backward of that backend.
+    """
+    ran = {name: entry for name, entry in ways.items() if "seconds" in entry}
+    backends = [ran[name] for name in ("torch", "tile", "triton") if name in ran]
+    if not backends:
+        return {}
+    best, found = min(backends, key=lambda entry: entry["seconds"]), {}
+    for name in ("log_softmax", "trl", "liger_scaled"):
+        if name in ran:
+            found[f"over_{name}"] = ran[name]["seconds"] / best["seconds"]
+            if best.get("backward_seconds") and "backward_seconds" in ran[name]:
+                ratio = ran[name]["backward_seconds"] / best["backward_seconds"]
+                found[f"backward_over_{name}"] = ratio
+    return found
 
 
-def _table(result: dict[str, Any]) -> str:
+def as_text(result: dict[str, Any]) -> str:
+    """Return a result as the table that the command prints."""
     lines = [
         f"{result['batch']} x {result['tokens']} tokens, width {result['width']}, vocabulary "
         f"{result['vocab']}; {headline(result)}",
@@ -126,6 +151,7 @@ def _table(result: dict[str, Any]) -> str:
         entries = point["ways"]
         columns: list[Column] = [
             ("ms", lambda entry: entry["seconds"] * 1e3, ".3f"),
+            ("backward", lambda entry: entry.get("backward_seconds", 0) * 1e3 or None, ".3f"),
             speed_of(entries["gemm"]),
             ("GFLOP", lambda entry: entry.get("gflop"), ".1f"),
             ("peak MiB", lambda entry: entry.get("peak_mib"), ".1f"),
@@ -190,4 +216,4 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         device=args.device, dtype=args.dtype, error_tokens=args.error_tokens,
         threads=args.threads, memory=not args.no_memory, seed=args.seed,
     )  # fmt: skip
-    return {"command": command("grpo", args), **result}, _table(result)
+    return {"command": command("grpo", args), **result}, as_text(result)

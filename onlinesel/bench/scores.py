@@ -40,7 +40,9 @@ from onlinesel.bench._tokens import TOKEN_WAYS, TokenErrors
 from onlinesel.bench._uds import UDS_WAYS, UDSErrors
 from onlinesel.bench._ways import compare
 
-__all__ = ["add_arguments", "bench_scores", "figure", "run"]
+__all__ = ["PARTS", "add_arguments", "as_text", "bench_scores", "figure", "run"]
+
+PARTS = ("token_scores", "uds")
 
 _NOTES = (
     "States and heads are synthetic; no trained model was measured.",
@@ -62,6 +64,7 @@ def bench_scores(
     threads: int | None = None,
     memory: bool = True,
     seed: int = 0,
+    parts: Sequence[str] = PARTS,
 ) -> dict[str, Any]:
     """Compare ways to score tokens, and ways to the scores of UDS.
 
@@ -78,12 +81,13 @@ def bench_scores(
         threads: Threads of torch on the CPU, or None to leave them. Restored at the end.
         memory: Measure peak memory as well.
         seed: Of the inputs.
+        parts: What is compared: ``"token_scores"``, ``"uds"``, or both.
 
     Returns:
         Settings, and ``points``: for each width what the ways take, their errors, and ratios.
 
     Raises:
-        ValueError: A size or the number of repeats is below 1; an unknown device or dtype.
+        ValueError: A size or the number of repeats is below 1; an unknown device, dtype or part.
 
     Example:
         >>> result = bench_scores(4, 8, 50, repeats=1, device="cpu", memory=False)
@@ -95,29 +99,32 @@ def bench_scores(
         "bench_scores", device, dtype, repeats, tokens=tokens, vocab=vocab, batch=batch,
         error_tokens=error_tokens, width=min(widths),
     )  # fmt: skip
+    if not parts or set(parts) - set(PARTS):
+        rule = f"among {', '.join(PARTS)}, got {','.join(parts)!r}"
+        raise ValueError(f"bench_scores: parts must be {rule}. Pass one of them, or both.")
     sizes = [HeadSizes(batch, tokens, size, vocab, kind, where, seed=seed) for size in widths]
     with threads_set(threads, where):
         result = {"what": "scores of tokens, and of UDS, from hidden states", **sizes[0].facts()}
         result |= {"repeats": repeats, "error_tokens": error_tokens, **machine(where)}
-        result["points"] = [_point(one, repeats, error_tokens, memory) for one in sizes]
+        result["points"] = [_point(one, repeats, error_tokens, memory, parts) for one in sizes]
         result["load_after"] = load()
-    entries = [
-        e for p in result["points"] for e in (*p["token_scores"].values(), *p["uds"].values())
-    ]
+    entries = [e for p in result["points"] for part in parts for e in p[part].values()]
     return {**result, "notes": list(_NOTES), "not_measured": unmeasured(entries)}
 
 
-def _point(sizes: HeadSizes, repeats: int, error_tokens: int, memory: bool) -> dict[str, Any]:
+def _point(
+    sizes: HeadSizes, repeats: int, error_tokens: int, memory: bool, parts: Sequence[str]
+) -> dict[str, Any]:
     release(sizes.device)
     inputs = HeadInputs(sizes)
-    errors = TokenErrors(inputs, error_tokens)
-    found: dict[str, Any] = {
-        "width": sizes.width,
-        "largest_logit": errors.largest_logit,
-        "token_scores": compare(TOKEN_WAYS, inputs, errors, repeats=repeats, memory=memory),
-        "uds": compare(UDS_WAYS, inputs, UDSErrors(inputs), repeats=repeats, memory=memory),
-    }
-    return {**found, "speedup": _ratios(found["token_scores"], found["uds"])}
+    found: dict[str, Any] = {"width": sizes.width}
+    if "token_scores" in parts:
+        errors = TokenErrors(inputs, error_tokens)
+        found["largest_logit"] = errors.largest_logit
+        found["token_scores"] = compare(TOKEN_WAYS, inputs, errors, repeats=repeats, memory=memory)
+    if "uds" in parts:
+        found["uds"] = compare(UDS_WAYS, inputs, UDSErrors(inputs), repeats=repeats, memory=memory)
+    return {**found, "speedup": _ratios(found.get("token_scores", {}), found.get("uds", {}))}
 
 
 def _ratios(tokens: Mapping[str, Any], uds: Mapping[str, Any]) -> dict[str, float]:
@@ -138,12 +145,15 @@ def _ratios(tokens: Mapping[str, Any], uds: Mapping[str, Any]) -> dict[str, floa
     return found
 
 
-def _table(result: dict[str, Any]) -> str:
+def as_text(result: dict[str, Any]) -> str:
+    """Return a result as the table that the command prints."""
     lines = []
     for point in result["points"]:
         size = f"{result['batch']} x {result['tokens']} tokens, width {point['width']}, vocabulary "
         lines += [f"{size}{result['vocab']}; {headline(result)}", ""]
-        lines += [_token_table(point), "", _uds_table(point), ""]
+        for part, text in (("token_scores", _token_table), ("uds", _uds_table)):
+            if part in point:
+                lines += [text(point), ""]
         lines += [f"speed ratio, {name}: {value:.2f}" for name, value in point["speedup"].items()]
         lines.append("")
     return "\n".join([*lines, *remarks(result)])
@@ -195,9 +205,9 @@ def figure(result: dict[str, Any], path: str) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    drawing = new_figure("scores", 3, 4.2)
-    speed, memory, uds = drawing.axes
     points = result["points"]
+    tokens, uds = (part in points[0] for part in PARTS)
+    drawing = new_figure("scores", 2 * tokens + uds, 4.2)
 
     def draw(axes: Any, part: str, value: Any, unit: str) -> None:
         labels = [entry["label"] for entry in points[0][part].values()]
@@ -211,10 +221,15 @@ def figure(result: dict[str, Any], path: str) -> None:
         roof = point["token_scores"]["gemm"].get("seconds")
         return roof / entry["seconds"] if roof and "seconds" in entry else None
 
-    draw(speed, "token_scores", share, "speed of the bare product = 1")
-    draw(memory, "token_scores", lambda _, entry: entry.get("peak_mib"), "peak MiB beyond inputs")
-    draw(uds, "uds", lambda _, entry: entry.get("seconds"), "seconds, logarithmic")
-    uds.set_xscale("log")
+    if tokens:
+        speed, memory = drawing.axes[:2]
+        draw(speed, "token_scores", share, "speed of the bare product = 1")
+        draw(
+            memory, "token_scores", lambda _, entry: entry.get("peak_mib"), "peak MiB beyond inputs"
+        )
+    if uds:
+        draw(drawing.axes[-1], "uds", lambda _, e: e.get("seconds"), "seconds, logarithmic")
+        drawing.axes[-1].set_xscale("log")
     drawing.suptitle(
         f"{result['batch']} x {result['tokens']} tokens, vocabulary {result['vocab']}; "
         f"{headline(result)}", fontsize=9,
@@ -230,6 +245,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--width", type=numbers, default="896", help="hidden sizes, with commas between them")
     add("--vocab", type=int, default=151936, help="vocabulary size")
     add("--error-tokens", type=int, default=64, help="tokens that are compared with float64")
+    add("--parts", type=lambda text: text.split(","), default=",".join(PARTS),
+        help="what is compared, with a comma between them")  # fmt: skip
     add("--seed", type=int, default=0, help="of the inputs")
     add_common(parser, "timed runs of each way; by default 3 on a CPU, 20 on a GPU")
 
@@ -239,6 +256,6 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     result = bench_scores(
         args.tokens, args.width, args.vocab, args.repeats, batch=args.batch, device=args.device,
         dtype=args.dtype, error_tokens=args.error_tokens, threads=args.threads,
-        memory=not args.no_memory, seed=args.seed,
+        memory=not args.no_memory, seed=args.seed, parts=args.parts,
     )  # fmt: skip
-    return {"command": command("scores", args), **result}, _table(result)
+    return {"command": command("scores", args), **result}, as_text(result)

@@ -28,6 +28,9 @@ __all__ = [
 
 BACKENDS = ("auto", "torch", "tile", "triton")
 
+# Looked for once: torch.compile cannot trace the search (torch 2.11 refuses the graph).
+_TRITON = importlib.util.find_spec("triton") is not None
+
 
 def choose_backend(
     owner: str,
@@ -67,9 +70,8 @@ def choose_backend(
         )
     if backend == "torch":
         return "torch"
-    present = importlib.util.find_spec("triton") is not None
     if backend == "auto":
-        if device.type != "cuda" or dtype == torch.float64 or not present:
+        if device.type != "cuda" or dtype == torch.float64 or not _TRITON:
             return "torch"
         if tiled:
             return "tile"
@@ -79,7 +81,7 @@ def choose_backend(
             f'{owner}: backend must be "torch" for float64 inputs, got {backend!r}. '
             "The Triton kernels sum in float32."
         )
-    if not present:
+    if not _TRITON:
         raise ImportError(
             f'{owner}: backend {backend!r} needs triton: pip install "onlinesel[triton]".'
         )

@@ -1,6 +1,6 @@
 """Sizes of the fused kernel: the default ones, and those that a search on a GPU tries.
 
-Nothing here has been timed. What the candidates take of registers and shared memory is counted by
+What the candidates take of registers and shared memory is counted by
 ``onlinesel bench compiled``, and listed in docs/kernels.md; ``onlinesel bench blocks`` times them.
 """
 
@@ -26,8 +26,8 @@ class Blocks(NamedTuple):
         together: Blocks of tokens that share one read of the weight: their hidden states should
             fit the cache of the device beside it.
         described: Load through tensor descriptors, which Hopper's copy engine (TMA) serves. Off
-            by default: compiled for Hopper it spills no register where plain loads spill a few,
-            but no GPU has told whether it is faster.
+            by default: compiled for Hopper it spills no register where plain loads spill a few;
+            whether it is faster is for a search on a GPU to tell.
     """
 
     tokens: int

@@ -34,8 +34,7 @@ class Measured(NamedTuple):
     blocks: Blocks | None = None
 
 
-# Empty because no GPU has run these kernels yet. `onlinesel bench blocks` prints a row with the
-# command that gave it.
+# Each row is the `entry` of a committed recipes/results/gpu_blocks_*.json, which a test holds.
 MEASURED: tuple[Measured, ...] = ()
 
 

@@ -15,9 +15,9 @@ numbers up to rounding:
     It reads the weight in memory, so it refuses a head that is quantised or has adapters.
 
 ``"auto"`` takes torch on a CPU, for float64, and where triton is not installed. On CUDA it takes
-what was measured to be fastest for the device, dtype and hidden size; **no GPU has run these
-kernels yet**, so that table is empty and "auto" takes the tile backend. The kernels' numbers were
-checked in Triton's interpreter. An explicit backend is obeyed or refused.
+what was measured to be fastest for the device, dtype and hidden size, and the tile backend where
+nothing was; ``docs/gpu.md`` has what was measured. The kernels' numbers are checked in Triton's
+interpreter. An explicit backend is obeyed or refused.
 """
 
 from __future__ import annotations

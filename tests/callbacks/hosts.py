@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -112,6 +111,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_sft_trainer(
     folder: Path | str, *, model: Any = None, rows: Any = None, **changes: Any
 ) -> Any:
+    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     values = {"bf16": False, "gradient_checkpointing": False, "max_length": None, **changes}

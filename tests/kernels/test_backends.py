@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from onlinesel.kernels import LMHead, TokenScores, VocabShard, token_scores
+from onlinesel.kernels import LMHead, TokenScores, VocabShard, _backend, token_scores
 from onlinesel.kernels._backend import MEASURED, Measured, choose_backend
 from onlinesel.kernels._blocks import Blocks, candidate_blocks, default_blocks
 from onlinesel.kernels._measured import entry_text, measured_row
@@ -116,7 +116,7 @@ def test_the_best_measured_row_decides_and_else_the_tile(monkeypatch: pytest.Mon
 
     def fastest(capability: tuple[int, int], dtype: torch.dtype, width: int) -> str:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+        monkeypatch.setattr(_backend, "_TRITON", True)
         return choose_backend("f", "auto", torch.device("cuda"), dtype, width, table)
 
     assert fastest((9, 0), torch.bfloat16, 896) == "triton"
@@ -178,7 +178,7 @@ def test_an_explicit_backend_is_never_replaced(
 
 @pytest.mark.parametrize("backend", ["tile", "triton"])
 def test_without_triton(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_backend, "_TRITON", False)
     with pytest.raises(ImportError, match=r'token_scores: backend .* needs triton: pip install "o'):
         choose_backend("token_scores", backend, CPU, torch.float32, 4)
     assert choose_backend("f", "auto", torch.device("cuda"), torch.float32, 4) == "torch"
