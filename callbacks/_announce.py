@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from torch import nn
@@ -23,6 +23,7 @@ __all__ = [
     "forwards_of",
     "opening",
     "percent",
+    "rollout_opening",
     "say",
     "scoring_share",
 ]
@@ -113,6 +114,34 @@ row numbers; scoring is about 57 % of the work of a step
         own_scorer=own_scorer, checkpointing=checkpointing, reused=reused,
     )  # fmt: skip
     return f"{type(strategy).__name__} {what}; {epoch}; ids: {ids}; {cost}"
+
+
+def rollout_opening(trainer: Any, parts: Mapping[str, Any]) -> str:
+    """Return the line with which a GRPO run starts.
+
+    Args:
+        trainer: TRL's.
+        parts: The callback's, by the name of their argument.
+    """
+    gate, refill, prompts = (parts[name] for name in ("gate", "refill", "prompts"))
+    size, dataset = trainer.num_generations, trainer.train_dataset
+    groups = trainer.args.generation_batch_size // size
+    source = f"{counted(groups, 'problem')} of a stream"
+    if hasattr(dataset, "__len__"):
+        source = f"{groups:,} of {counted(len(dataset), 'problem')}"
+    chosen = "in the loader's order" if prompts is None else f"chosen by {type(prompts).__name__}"
+    others = [type(p).__name__ for n, p in parts.items() if p is not None and n != "refill"]
+    line = (
+        f"{' + '.join(others) or 'GRPO'}: a generation batch is {source}, {chosen}, "
+        f"with {size} completions each; an epoch has as many steps as without; "
+        "ids: row numbers; "
+    )
+    if gate is None:
+        return f"{line}every group trains"
+    line += f"{type(gate).__name__} drops groups that were generated"
+    if refill is None or not refill.max_rounds:
+        return f"{line}, and nothing takes their place"
+    return f"{line}, and up to {counted(refill.max_rounds, 'further call')} take their place"
 
 
 def _cost(

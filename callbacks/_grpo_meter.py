@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from onlinesel.callbacks._announce import counted, percent
 from onlinesel.callbacks._grpo_fill import Filled
 from onlinesel.callbacks._meter import Meter
 from onlinesel.report.runlog import RunLog
@@ -20,6 +22,29 @@ def _counted(filled: Filled) -> bool:
     """Whether outcomes are shares of a right answer, so that they can be counted."""
     outcome = torch.cat([group.outcome for group in filled.scored])
     return bool((((outcome >= 0) & (outcome <= 1)) | torch.isnan(outcome)).all())
+
+
+@dataclass
+class _Tally:
+    """What one run, from its start or from a checkpoint on, generated and threw away.
+
+    Attributes:
+        batches: Generation batches.
+        groups: That were generated.
+        idle: Of these, how many did not train.
+        rollouts: Completions generated.
+        tokens: Of these.
+        wasted: Tokens of groups that did not train.
+        prepared: Seconds before the first step, on embedding the prompts.
+    """
+
+    batches: int = 0
+    groups: int = 0
+    idle: int = 0
+    rollouts: int = 0
+    tokens: int = 0
+    wasted: int = 0
+    prepared: float = 0.0
 
 
 class RolloutMeter(Meter):
@@ -41,6 +66,7 @@ class RolloutMeter(Meter):
             spent = time.perf_counter() - wall, time.process_time() - cpu
         self._means.drain()
         self._began = None
+        self._tally = _Tally(prepared=spent[0])
         for name in _COUNTED:
             setattr(self, name, totals.get(name, 0))
         self.seconds += spent[0]
@@ -89,6 +115,10 @@ class RolloutMeter(Meter):
         self.rollouts += filled.rollouts
         self.tokens += filled.tokens
         self.rejected_tokens += wasted
+        tally = self._tally
+        tally.batches, tally.rollouts = tally.batches + 1, tally.rollouts + filled.rollouts
+        tally.groups, tally.idle = tally.groups + len(scored), tally.idle + len(idle)
+        tally.tokens, tally.wasted = tally.tokens + filled.tokens, tally.wasted + wasted
         self.rows += sum(len(group.weights) for group in filled.groups)
         rates = [group.outcome.nanmean().item() for group in scored]
         dropped = [r for r, g in zip(rates, scored, strict=True) if not g.kept]
@@ -115,6 +145,21 @@ class RolloutMeter(Meter):
         self._means.add(**values)
         if self._log is not None:
             self._write(self._log, filled, step)
+
+    def closing(self) -> str | None:
+        """Return what was generated and did not train; None before the first batch."""
+        tally = self._tally
+        if not tally.batches:
+            return None
+        line = (
+            f"{self._facts['name']} generated {counted(tally.rollouts, 'completion')} of "
+            f"{counted(tally.groups, 'group')} for {tally.batches:,} generation "
+            f"batch{'es' * (tally.batches > 1)}; {counted(tally.idle, 'group')} did not train, "
+            f"{percent(tally.wasted / max(tally.tokens, 1))} of the tokens"
+        )
+        if tally.prepared >= 0.1:
+            line += f"; preparing took {tally.prepared:,.3g} s"
+        return line
 
     def _write(self, log: RunLog, filled: Filled, step: int) -> None:
         known = [~torch.isnan(group.outcome) for group in filled.scored]

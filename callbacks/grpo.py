@@ -19,6 +19,7 @@ groups; a test holds it to the trainer's bits. :meth:`RolloutSelection.detach` p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ try:
     from transformers import TrainerCallback
 
     from onlinesel.callbacks import _attach
+    from onlinesel.callbacks._announce import rollout_opening
     from onlinesel.callbacks._grpo_batch import BatchMaker
     from onlinesel.callbacks._grpo_checks import check, refuse
     from onlinesel.callbacks._grpo_loss import MicroLoss, Window, regroup
@@ -368,6 +370,7 @@ class RolloutSelection(TrainerCallback):
         resumed = None if found is None else int(facts["step"])
         writes = self.trainer.args.process_index == 0
         self.meter.start(resumed, facts.get("totals", {}), writes)
+        self.meter.announce(partial(rollout_opening, self.trainer, self.parts))
 
     def _on__save_rng_state(self, output_dir: str) -> None:
         """Write the state beside the trainer's own, before the checkpoint counts as complete."""
