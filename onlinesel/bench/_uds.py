@@ -17,7 +17,7 @@ from onlinesel.bench._measure import Call
 from onlinesel.bench._ways import Way
 from onlinesel.kernels import HeadGram, JLProjector, logit_nuclear_norm
 
-__all__ = ["UDS_WAYS", "UDSErrors"]
+__all__ = ["UDS_WAYS", "UDSErrors", "norm_by_gram"]
 
 _PROJECTOR_TIME = 512  # the fixed length of the paper's code
 
@@ -110,14 +110,12 @@ UDS_WAYS = (
 """The first four give mappings from scores to tensors whose first dimension is ``batch``."""
 
 
-def _exact_norm(logits: Tensor) -> Tensor:
-    """Return the sum of the singular values of float64 logits.
+def norm_by_gram(logits: Tensor) -> Tensor:
+    """Return the sum of the singular values of float64 logits, from their Gram matrix.
 
-    A GPU takes a minute for them and a moment for their Gram matrix, whose roots lose half of
+    A GPU takes a minute for the values themselves and a moment for this, which loses half of
     float64's digits: 1e-8, far below what is compared.
     """
-    if not logits.is_cuda:
-        return torch.linalg.svdvals(logits).sum()
     values = torch.linalg.eigvalsh((logits @ logits.T).cpu())
     return values.clamp(min=0).sqrt().sum().to(logits.device)
 
@@ -132,7 +130,9 @@ class UDSErrors:
     def __init__(self, inputs: HeadInputs) -> None:
         logits = inputs.exact_logits(inputs.hidden[0])
         self._exact = {
-            "nuclear_norm": _exact_norm(logits),
+            "nuclear_norm": (
+                norm_by_gram(logits) if logits.is_cuda else torch.linalg.svdvals(logits).sum()
+            ),
             "embedding": transformed(logits, _projector(inputs)),
         }
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from onlinesel.bench import _measure
+from onlinesel.bench import _measure, _ways
 from onlinesel.bench._inputs import HeadInputs, HeadSizes
 from onlinesel.bench._measure import CountedProducts, in_fresh_process, take_turns
 from onlinesel.bench._settings import find_device
@@ -20,6 +20,29 @@ from onlinesel.bench._text import speed_of, table, unmeasured
 from onlinesel.bench._ways import Way, compare, own_failures
 
 CPU = torch.device("cpu")
+
+
+def test_a_slow_way_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first call is its measurement; the others have their runs, and a peak."""
+    called: list[str] = []
+    seconds = {"slow": 21.0, "fast": 0.5}
+
+    def way(name: str) -> Way:
+        return Way(name, name, lambda inputs: lambda: called.append(name) or {}, counted=False)
+
+    def timed(call: Callable[[], object], device: torch.device) -> float:
+        call()
+        return seconds[called[-1]]
+
+    monkeypatch.setattr(_ways, "timed", timed)
+    monkeypatch.setattr(_measure, "timed", timed)
+    inputs = HeadInputs(HeadSizes(1, 2, 4, 9))
+    ways = (way("slow"), way("fast"))
+    found = compare(ways, inputs, lambda way, output: {}, repeats=3, memory=False)
+    assert called.count("slow") == 1 and called.count("fast") == 4
+    assert found["slow"]["seconds"] == 21.0 and found["slow"]["runs"] == 1 and found["slow"]["cold"]
+    assert found["fast"]["seconds"] == 0.5 and found["fast"]["runs"] == 3
+    assert "cold" not in found["fast"]
 
 
 def test_products_are_counted_forward_and_backward() -> None:

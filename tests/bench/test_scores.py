@@ -15,7 +15,7 @@ from onlinesel.bench import bench_scores, main, scores
 from onlinesel.bench._inputs import HeadInputs, HeadSizes
 from onlinesel.bench._measure import in_fresh_process
 from onlinesel.bench._tokens import TOKEN_WAYS, TokenErrors
-from onlinesel.bench._uds import UDS_WAYS, UDSErrors
+from onlinesel.bench._uds import UDS_WAYS, UDSErrors, norm_by_gram
 from onlinesel.bench._ways import Way, _grow
 
 SMALL = "scores --tokens 6 --width 8,16 --vocab 300 --repeats 1 --device cpu"
@@ -150,12 +150,34 @@ def test_threads_are_restored() -> None:
         ({"tokens": 0}, "bench_scores: tokens must be at least 1, got 0. Pass a"),
         ({"width": [8, 0]}, "bench_scores: width must be at least 1, got 0. Pass a"),
         ({"batch": 0}, "bench_scores: batch must be at least 1, got 0. Pass a"),
+        (
+            {"parts": ["speed"]},
+            "bench_scores: parts must be among token_scores, uds, got 'speed'",
+        ),
+        ({"parts": []}, "bench_scores: parts must be among token_scores, uds, got ''. Pass one"),
         ({"dtype": "int8"}, "bench_scores: dtype must be one of float32, .*, got 'int8'"),
     ],
 )
 def test_arguments_are_checked(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bench_scores(**{"device": "cpu", **arguments})
+
+
+@pytest.mark.parametrize(("part", "other"), [("token_scores", "uds"), ("uds", "token_scores")])
+def test_a_part_is_measured_alone(part: str, other: str, tmp_path: Path) -> None:
+    result = bench_scores(4, 8, 50, 1, device="cpu", memory=False, parts=[part])
+    (point,) = result["points"]
+    assert part in point and other not in point and point["speedup"]
+    assert ("UDS: nuclear norm" in scores.as_text(result)) == (part == "uds")
+    scores.figure(result, str(tmp_path / "drawing.png"))
+
+
+def test_the_norm_by_the_gram_matrix_is_near_that_by_singular_values() -> None:
+    g = torch.Generator().manual_seed(0)
+    spectrum = torch.logspace(0, -4, 20, dtype=torch.float64)
+    logits = torch.randn(20, 500, generator=g, dtype=torch.float64) * spectrum.unsqueeze(1)
+    exact = torch.linalg.svdvals(logits).sum()
+    assert abs(float(norm_by_gram(logits) / exact - 1)) < 1e-8
 
 
 def test_a_figure_without_matplotlib_is_refused_before_anything_is_measured() -> None:
