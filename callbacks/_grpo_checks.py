@@ -87,9 +87,7 @@ def check(
 
 def _check_trainer(trainer: Any) -> None:
     if not isinstance(trainer, GRPOTrainer):
-        refuse(
-            "trainer", "a TRL GRPOTrainer", type(trainer).__name__, right_callback(trainer)
-        )
+        refuse("trainer", "a TRL GRPOTrainer", type(trainer).__name__, right_callback(trainer))
     check_version("RolloutSelection", "trl", "trl")
     moved = moved_seams(trainer)
     if moved:

@@ -119,7 +119,7 @@ def needs_weighted_mean(plan: StepPlan, accumulate: int) -> bool:
     """
     if world_size() > 1 or accumulate > 1 or bool((plan.weights[0] != 1).any()):
         return True
-    return plan.normalize == "samples" and plan.counts[0] is not None
+    return plan.normalize != "tokens" and plan.counts[0] is not None
 
 
 def move_progress(progress: Any, behind: int) -> None:

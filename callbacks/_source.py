@@ -121,6 +121,7 @@ class StepSource:
         device: torch.device | str,
         call: Callable[[Callable[[Any], Any], Any], Any] | None = None,
         core: nn.Module | None = None,
+        thins: bool = False,
     ) -> CandidateLoader:
         """Take a loader and a model; returns the reader of the candidates.
 
@@ -134,6 +135,7 @@ class StepSource:
             call: How to call a function of the model, where an engine must be told; by default
                 the function is called with ``model``.
             core: The model inside the wrappers; found by default.
+            thins: Let the strategy leave rows out of an epoch, whose length then varies.
         """
         self.device, self._model = torch.device(device), model
         self._core = unwrap(model) if core is None else core
@@ -145,10 +147,11 @@ class StepSource:
             self._reuse = ReusedForward(self._core, self._reuse_limit, model)
         config = getattr(self._core, "config", None)
         pad_id = getattr(config, "pad_token_id", None) or 0
+        asked = thins and self.scope == "global"  # then all ranks draw the same epoch
         self.reader = CandidateLoader(
             loader, candidates=self.candidates, accumulate=accumulate, seed=self.seed,
             ids=self.ids, groups=self.groups, plan=self.strategy.epoch_plan, order=self.order,
-            pad_id=pad_id, device=self.device,
+            pad_id=pad_id, device=self.device, thin=self.selector.rows_of_epoch if asked else None,
         )  # fmt: skip
         check_settings(self.owner, self.facts() | self.reader.facts(), self.device)
         check_candidates(self.owner, self.strategy, self.candidates)

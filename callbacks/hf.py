@@ -90,7 +90,7 @@ class OnlineSelection(TrainerCallback):
             ``per_device_train_batch_size`` stays the number of rows trained.
         scope: What competes: ``"global"`` all candidates of the optimizer step, over every
             micro-batch and rank; ``"rank"`` those of this rank; ``"batch"`` each micro-batch alone.
-        normalize: ``"tokens"`` or ``"samples"``; None takes the strategy's own definition.
+        normalize: ``"tokens"``, ``"samples"``, ``"rows"``; None takes the strategy's own.
         seed: Of the selection's own generator; the trainer's generators are never touched.
         ids: ``"auto"`` uses a column ``sample_id`` if there is one, else the row number of a
             map-style dataset, else a hash of the row's tokens; ``"hash"`` always hashes; another
@@ -163,7 +163,7 @@ class OnlineSelection(TrainerCallback):
         check_arguments("OnlineSelection", candidates, scope, self.normalize)
         _attach.check_trainer(
             trainer, strategy, candidates=candidates, shadow=shadow, reference=reference,
-            weighs=self.normalize == "samples" or self._observing, groups=groups,
+            weighs=self.normalize != "tokens" or self._observing, groups=groups,
             default_scorer=scorer is None,
         )  # fmt: skip
         self._reuse = reuse_in_trainer(

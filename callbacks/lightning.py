@@ -69,7 +69,7 @@ class OnlineSelection(Callback):
             automatic optimization the trainer's ``accumulate_grad_batches`` counts.
         scope: What competes: ``"global"`` all candidates of the step, over every micro-batch and
             rank; ``"rank"`` those of this rank; ``"batch"`` each micro-batch alone.
-        normalize: ``"tokens"`` or ``"samples"``; None takes the strategy's own definition.
+        normalize: ``"tokens"``, ``"samples"``, ``"rows"``; None takes the strategy's own.
         seed: Of the order of the rows and of the selection's generator.
         score: ``(module, batch) -> Signals``, or the ``(N,)`` losses of the rows, called in eval
             mode without gradient with the LightningModule and a batch as ``training_step`` gets it.

@@ -82,7 +82,7 @@ class Steps:
         accumulate: Micro-batches of an optimizer step on each rank.
         scope: What competes: ``"global"`` all candidates of the step, over every micro-batch and
             rank; ``"rank"`` those of this rank; ``"batch"`` each micro-batch alone.
-        normalize: ``"tokens"`` or ``"samples"``; None takes the strategy's own definition.
+        normalize: ``"tokens"``, ``"samples"``, ``"rows"``; None takes the strategy's own.
         seed: Of the order and of the selection's generator.
         score: ``(model, batch) -> Signals``, or the ``(N,)`` losses of the rows, called in eval
             mode without gradient. By default the scorer of causal language models.
@@ -165,7 +165,9 @@ class Steps:
         self._model = model
         self._factor = _factor_of(model) if gradient_factor is None else gradient_factor
         device = _device_of(model)
-        self._reader = self._source.attach(loader, model, accumulate=accumulate, device=device)
+        self._reader = self._source.attach(
+            loader, model, accumulate=accumulate, device=device, thins=True
+        )
         self.step = 0
         self._resumed: int | None = None
         self._recording = False
@@ -183,7 +185,10 @@ class Steps:
         return self._reader.epoch
 
     def __len__(self) -> int:
-        """Return the number of optimizer steps of an epoch, where the loader has a length."""
+        """Return the number of optimizer steps of an epoch, where the loader has a length.
+
+        A method that leaves rows out of an epoch (InfoBatch) makes that of the epoch at hand.
+        """
         return len(self._reader)
 
     def __iter__(self) -> Iterator[Step]:

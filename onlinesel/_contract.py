@@ -21,7 +21,7 @@ __all__ = ["begin", "check_strategy", "decide", "learn"]
 
 _SIGNALS = tuple(f.name for f in fields(Signals))
 _OBSERVED = ("loss",)  # what training forwards give for nothing
-_NORMALIZE = ("tokens", "samples")
+_NORMALIZE = ("tokens", "samples", "rows")
 _LARGE = 64  # containers above this size are compared by identity and length alone
 _KEEP_IN_STATE = (
     "Keep what it remembers in the state: return it from init() as tensors, and give the new one "
@@ -60,7 +60,7 @@ def check_strategy(strategy: Strategy) -> None:
             )  # fmt: skip
     if strategy.normalize not in _NORMALIZE:
         _refuse(
-            strategy, "normalize", "be 'tokens' or 'samples'", repr(strategy.normalize),
+            strategy, "normalize", "be 'tokens', 'samples' or 'rows'", repr(strategy.normalize),
             "'tokens' is the mean over labelled tokens, 'samples' that over the rows' means.",
         )  # fmt: skip
     try:

@@ -42,9 +42,10 @@ class Numbered(Dataset[Any]):
 
     def __getitems__(self, indices: list[int]) -> list[tuple[int, Any]]:
         fetch = getattr(self.dataset, "__getitems__", None)
-        if fetch is None or min(indices) < 0:
+        if min(indices) < 0:
             return [self[i] for i in indices]
-        return list(zip(indices, fetch(indices), strict=True))
+        rows = [self.dataset[i] for i in indices] if fetch is None else fetch(indices)
+        return list(zip(indices, rows, strict=True))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from onlinesel.distributed import world_size
 from onlinesel.step import SCOPES
 from onlinesel.types import Strategy
 
-NORMALIZE = ("tokens", "samples")
+NORMALIZE = ("tokens", "samples", "rows")
 
 __all__ = [
     "check_arguments",
@@ -44,9 +44,9 @@ def check_arguments(owner: str, candidates: object, scope: object, normalize: ob
         (scope in SCOPES, "scope", f"one of {', '.join(SCOPES)}", scope,
          "With 'global' all candidates of a step compete, with 'rank' those of each process, with "
          "'batch' those of each micro-batch."),
-        (normalize in NORMALIZE, "normalize", "'tokens', 'samples' or None", normalize,
-         "'tokens' is the mean over labelled tokens, 'samples' that over the rows' means, and None "
-         "leaves it to the method."),
+        (normalize in NORMALIZE, "normalize", "'tokens', 'samples', 'rows' or None", normalize,
+         "'tokens' is the mean over labelled tokens, 'samples' that over the rows' means, 'rows' their "
+         "weighted sum over the number of rows, and None leaves it to the method."),
     ):  # fmt: skip
         if not good:
             raise ValueError(f"{owner}: {name} must be {rule}, got {got!r}. {remedy}")

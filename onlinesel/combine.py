@@ -241,6 +241,21 @@ class When(Strategy):
             new.update(_prefixed(learn(part, signals, _part(state, str(i))), str(i)))
         return new
 
+    def draw_epoch(
+        self, rows: int, state: State, *, step: int, generator: torch.Generator
+    ) -> State:
+        """Let the strategy draw an epoch that begins in its window; it is read to its end."""
+        open_ = self.every == 1 and self.active(step)
+        after = self.strategy.draw_epoch(
+            rows if open_ else 0, _part(state, "0"), step=step, generator=generator
+        )
+        rest = {name: value for name, value in state.items() if not name.startswith("0.")}
+        return {**rest, **_prefixed(after, "0")}
+
+    def rows_of_epoch(self, state: State) -> Tensor | None:
+        """Return the rows that the strategy drew."""
+        return self.strategy.rows_of_epoch(_part(state, "0"))
+
     def merge(self, states: Sequence[State]) -> State:
         """Let both sides unite their own."""
         return _merged(self._parts, states)

@@ -42,10 +42,17 @@ def _no_total() -> Tensor:
     return torch.zeros(256, dtype=torch.int64)
 
 
-def _add(total: Tensor, values: Tensor, sign: int) -> Tensor:
-    """Add finite float32 values to an exact sum, or take them out again."""
+def _add(total: Tensor, values: Tensor, signs: Tensor | None = None) -> Tensor:
+    """Add finite float32 values to an exact sum, or take out again those whose sign is -1."""
     result = total.clone()
-    for part in values.split(2**20):  # what is computed on the way takes 24 bytes a value
+    # What is computed on the way takes 24 bytes a value.
+    parts = values.split(2**20)
+    of_parts = (
+        [torch.ones_like(p, dtype=torch.int64) for p in parts]
+        if signs is None
+        else signs.split(2**20)
+    )
+    for part, sign in zip(parts, of_parts, strict=True):
         bits = part.contiguous().view(torch.int32).long()
         exponent = (bits >> 23) & 0xFF
         mantissa = (bits & 0x7FFFFF) + (exponent > 0) * 0x800000
@@ -227,10 +234,11 @@ class Ledger:
         rows = torch.isfinite(loss).nonzero().flatten()
         if not rows.numel():
             return self
-        unique, inverse = torch.unique(ids[rows], return_inverse=True)
-        last = torch.zeros(unique.shape[0], dtype=torch.int64)
-        last = last.scatter_reduce(0, inverse, torch.arange(rows.numel()), "amax")
-        values = loss[rows][last].float()
+        unique, order = ids[rows].sort(stable=True)
+        last = torch.ones(unique.shape, dtype=torch.bool)
+        last[:-1] = unique[1:] != unique[:-1]
+        unique, rows = unique[last], rows[order[last]]
+        values = loss[rows].float()
         known, old = self._rows(unique, self.columns)
         new = {"ids": unique, "loss": values}
         if "average" in old:
@@ -239,14 +247,17 @@ class Ledger:
         if "visits" in old:
             new["visits"] = old["visits"] + 1
         if "passes" in old:
-            hits = 0 if passed is None else passed[rows][last].to(torch.int32)
+            hits = 0 if passed is None else passed[rows].to(torch.int32)
             new["passes"] = old["passes"] + hits
-        total = _add(self._total, values, 1)
+        changes, signs = values, torch.ones(values.shape, dtype=torch.int64)
+        if bool(known.any()):
+            changes = torch.cat([values, old["loss"][known]])
+            signs = torch.cat([signs, -signs[known]])
         return replace(
             self,
             _runs=settled((*self._runs, new)),
             _known=self._known + int((~known).sum()),
-            _total=_add(total, old["loss"][known], -1),
+            _total=_add(self._total, changes, signs),
             _recalled=None,
         )
 
@@ -298,7 +309,7 @@ class Ledger:
         columns = tuple(n for n in _DTYPES if f"ledger.{n}" in state or f"ledger.{n}.0" in state)
         if "ledger.sizes" not in state:
             run = {name: state[f"ledger.{name}"] for name in ("ids", *columns)}
-            return cls(columns, (run,), size(run), _add(_no_total(), run["loss"], 1))
+            return cls(columns, (run,), size(run), _add(_no_total(), run["loss"]))
 
         def run_of(name: str) -> Run:
             return {column: state[f"ledger.{column}.{name}"] for column in ("ids", *columns)}

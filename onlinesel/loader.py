@@ -32,7 +32,7 @@ from onlinesel.agreement import smallest_over_ranks, stack_over_ranks
 from onlinesel.batch import gather_rows, rows_in
 from onlinesel.columns import as_columns
 from onlinesel.distributed import rank, world_size
-from onlinesel.order import Order, own_order, torch_loader, window_rows
+from onlinesel.order import Order, Thinned, own_order, torch_loader, window_rows
 from onlinesel.rows import FILLER_ID, GROUP, ROW_ID, complete, content_ids
 
 __all__ = ["CandidateLoader", "Candidates"]
@@ -70,6 +70,7 @@ class CandidateLoader:
         groups: Column of the batch that holds the source or domain of each row, taken out of it.
         plan: A strategy's ``epoch_plan``.
         order: A sampler with ``epoch`` that replaces the loader's own, as a ``DomainSampler``.
+        thin: As :meth:`onlinesel.Selector.rows_of_epoch`, for orders taken over and row numbers.
         pad_id: Token that pads ``input_ids`` where batches of different width are joined.
         device: Where collectives need their tensors.
 
@@ -96,6 +97,7 @@ class CandidateLoader:
         groups: str | None = None,
         plan: Callable[..., Tensor | None] | None = None,
         order: Order | None = None,
+        thin: Callable[..., Tensor | None] | None = None,
         pad_id: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -110,6 +112,9 @@ class CandidateLoader:
                 f"a plain sampler where the order is planned, got {type(loader).__name__}. "
                 "Use shuffle=True and no sampler."
             )
+        self._thin, self._named = thin, False
+        if taken_over is not None and order is None and thin is not None and ids == "auto":
+            taken_over = Thinned(taken_over)
         self.order = order if order is not None else taken_over
         self._domains: Tensor | None = getattr(self.order, "domains", None)
         if self._domains is not None and self._base is not None:
@@ -211,6 +216,9 @@ class CandidateLoader:
         self._begun, resumed, self._resumed = True, self._resumed, False
         self._over = False
         self._costs.clear()
+        if isinstance(self.order, Thinned) and self._thin is not None:
+            rows = 0 if self._named else len(self._base.dataset)  # type: ignore[arg-type, union-attr]
+            self.order.kept = self._thin(rows, fresh=not resumed)
         yield from self._own_windows() if self.order is not None else self._foreign(resumed)
         self._over = True
 
@@ -324,7 +332,7 @@ class CandidateLoader:
         if self._ids == "hash":
             found = content_ids(columns)
         elif name in columns:
-            found = columns.pop(name)
+            found, self._named = columns.pop(name), True
         elif self._ids != "auto":
             _refuse_column("ids", self._ids, columns)
         if found is None:
@@ -348,6 +356,7 @@ class CandidateLoader:
         over = self._over and not self._costs  # then the next epoch is what comes
         epoch, position = (self.epoch + 1, 0) if over else (self.epoch, self.position)
         state: dict[str, Any] = {"epoch": epoch, "position": position, "seed": self.seed}
+        state["named"] = self._named
         if self.order is None:
             state |= {"ranks": world_size(), "rng": None if over else self._rng}
         elif hasattr(self.order, "state_dict"):
@@ -378,7 +387,7 @@ class CandidateLoader:
         if "order" in state and self.order is not None:
             self.order.load_state_dict(state["order"])
         self.epoch, self.position = state["epoch"], state["position"]
-        self._rng = state.get("rng")
+        self._rng, self._named = state.get("rng"), state.get("named", False)
         self._begun = self._resumed = self.position > 0 or self._rng is not None
         self._over = False
         self._costs.clear()

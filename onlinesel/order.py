@@ -23,10 +23,49 @@ from torch.utils.data.distributed import DistributedSampler
 
 from onlinesel.rows import PlanSampler
 
-__all__ = ["Order", "own_order", "shuffled_rows", "torch_loader", "window_rows"]
+__all__ = ["Order", "Thinned", "own_order", "shuffled_rows", "torch_loader", "window_rows"]
 
 Order = Any
 """A sampler with a length and an ``epoch``."""
+
+
+class Thinned:
+    """An order without the rows that a method leaves out of the epoch at hand.
+
+    Args:
+        order: A sampler with an ``epoch``.
+
+    Attributes:
+        kept: ``(rows,)`` bool, which rows of the dataset the epoch reads; None for all.
+
+    Example:
+        >>> thinned = Thinned(PlanSampler(lambda epoch: torch.tensor([2, 0, 1])))
+        >>> thinned.kept = torch.tensor([True, False, True])
+        >>> list(thinned), len(thinned)
+        ([2, 0], 2)
+    """
+
+    def __init__(self, order: Any) -> None:
+        self._order = order
+        self.kept: Tensor | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch."""
+        return int(self._order.epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._order.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._order) if self.kept is None else int(self.kept.sum())
+
+    def __iter__(self) -> Iterator[int]:
+        if self.kept is None:
+            return iter(self._order)
+        rows = torch.tensor(list(self._order), dtype=torch.int64)
+        return iter(rows[self.kept[rows]].tolist())
 
 
 def shuffled_rows(rows: int, *, epoch: int, seed: int) -> Tensor:

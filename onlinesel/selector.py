@@ -127,6 +127,22 @@ class Selector:
         with torch.no_grad():
             self._state = learn(self.strategy, signals.to("cpu"), self._state)
 
+    def rows_of_epoch(self, rows: int, *, fresh: bool) -> Tensor | None:
+        """Return which rows of a dataset the epoch reads, None for all.
+
+        Args:
+            rows: Size of the dataset, whose row numbers are the ids.
+            fresh: Whether the epoch begins, and is drawn; else it is the one that was drawn.
+
+        Returns:
+            ``(rows,)`` bool.
+        """
+        if fresh:
+            self._state = self.strategy.draw_epoch(
+                rows, self._state, step=self.step, generator=self._generator
+            )
+        return self.strategy.rows_of_epoch(self._state)
+
     def metrics(self) -> dict[str, float]:
         """Return scalars about the last decision, as :func:`describe`; empty before the first."""
         return {} if self._last is None else describe(*self._last)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onlinesel._places import Place, join, picked, split_evenly
 from onlinesel.batch import (
     count_labels,
     deal,
@@ -34,6 +35,7 @@ from onlinesel.distributed import (
     largest_over_ranks,
     rank,
     sum_over_ranks,
+    world_size,
 )
 from onlinesel.rows import FILLER_ID
 from onlinesel.selector import Selector
@@ -45,9 +47,6 @@ __all__ = ["SCOPES", "Decision", "StepPlan", "StepPlanner"]
 SCOPES = ("global", "rank", "batch")
 
 Batch = dict[str, Any]
-Place = tuple[int, int]
-"""(micro-batch, row) of a candidate."""
-
 Decision = tuple[Signals, Selection]
 """What was decided about which candidates."""
 
@@ -64,7 +63,7 @@ class StepPlan:
         counts: ``(n,)`` labelled tokens of those rows; None where each row is one item.
         denominator: Scalar ``D`` of the loss contract over all ranks; 1 where nothing has weight,
             so that the loss is 0 and not 0 / 0.
-        normalize: ``"tokens"`` or ``"samples"``.
+        normalize: ``"tokens"``, ``"samples"`` or ``"rows"``.
         decisions: What was decided about which signals, one pair per decision.
         seconds: Time from the candidates to this plan.
         undefined: Whether nothing trains because no candidate has a finite score, as where the
@@ -87,7 +86,7 @@ class StepPlan:
         None means 1 for every row that has labels left: the host's own loss is exact as it is.
         """
         weights, counts = self.weights[index], self.counts[index]
-        if self.normalize == "samples" and counts is not None:
+        if self.normalize != "tokens" and counts is not None:
             return torch.where(counts > 0, weights / counts.clamp(min=1), 0.0)
         return None if bool(((weights == 1) | (weights == 0)).all()) else weights
 
@@ -122,22 +121,6 @@ class _Share:
     parts: list[list[Place]]
 
 
-def _join(signals: Sequence[Signals]) -> Signals:
-    names = signals[0].present()
-    return Signals(**{name: torch.cat([s.present()[name] for s in signals]) for name in names})
-
-
-def _split(rows: list[Place], signals: Sequence[Signals]) -> list[list[Place]]:
-    """Split rows over the micro-batches; where all candidates train, leave each in its own."""
-    whole = [[(m, r) for r in range(s.size)] for m, s in enumerate(signals)]
-    if rows == [place for part in whole for place in part]:
-        return whole
-    parts = len(signals)
-    sizes = [len(rows) // parts + (j < len(rows) % parts) for j in range(parts)]
-    bounds = [sum(sizes[:j]) for j in range(parts + 1)]
-    return [rows[bounds[j] : bounds[j + 1]] for j in range(parts)]
-
-
 class StepPlanner:
     """Turn the candidate micro-batches of a step into a :class:`StepPlan`.
 
@@ -147,7 +130,7 @@ class StepPlanner:
         candidates: Candidates per trained row.
         scope: ``"global"``: all candidates of the step compete, over every micro-batch and rank.
             ``"rank"``: those of this rank. ``"batch"``: each micro-batch alone.
-        normalize: ``"tokens"`` or ``"samples"``.
+        normalize: ``"tokens"``, ``"samples"`` or ``"rows"``.
         pad_id: Token that pads ``input_ids`` where rows of different width meet.
         device: Where collectives need their tensors.
         count: Labelled tokens of each row of a batch, or None for a batch of whole items.
@@ -199,7 +182,8 @@ class StepPlanner:
             for m, batch in enumerate(batches)
         ]
         # What needs no score travels while the model scores.
-        started = begin_gather(_join(known), self._device) if self._scope == "global" else None
+        together = self._scope == "global" and world_size() > 1
+        started = begin_gather(join(known), self._device) if together else None
         needs = self._needs(known, started, step)
         pairs = zip(batches, known, strict=True)
         signals = [self._scored(batch, part, needs) for batch, part in pairs]
@@ -260,8 +244,9 @@ class StepPlanner:
 
     def _scored(self, batch: Batch, known: Signals, needs: Sequence[str]) -> Signals:
         wanted = [name for name in needs if name not in known.present()]
-        found = self._score(batch, wanted).to("cpu").present() if wanted else {}
-        return Signals(**(found | known.present()))
+        if not wanted:
+            return known
+        return Signals(**(self._score(batch, wanted).to("cpu").present() | known.present()))
 
     def _select(self, signals: Signals, step: int) -> tuple[list[Decision], Tensor]:
         """Decide about the rows that are candidates; returns the weights of all rows as well."""
@@ -301,7 +286,7 @@ class StepPlanner:
         step: int,
     ) -> tuple[list[Decision], _Share]:
         """Let all candidates of the scope compete, and give each rank as many winners."""
-        local = _join(signals)
+        local = join(signals)
         places = [(m, r) for m, s in enumerate(signals) for r in range(s.size)]
         pool, counts = local, [local.size]
         if started is not None:
@@ -309,7 +294,12 @@ class StepPlanner:
         decisions, weights = self._select(pool, step)
         if self._scope == "global":
             check_agreement("StepPlanner", pool.row_ids(), weights, device=self._device)
-        me = rank() if len(counts) > 1 else 0
+        sizes = [s.size for s in signals]
+        if len(counts) == 1:  # nothing travels
+            rows = [places[row] for row in weights.nonzero().flatten().tolist()]
+            shared = list(weights.split(sizes))
+            return decisions, _Share(list(batches), list(ids), shared, split_evenly(rows, signals))
+        me = rank()
         first = sum(counts[:me])
         kept = weights.nonzero().flatten()
         holders = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))[kept]
@@ -327,8 +317,8 @@ class StepPlanner:
         share = _Share(
             list(batches),
             list(ids),
-            list(own.split([s.size for s in signals])),
-            _split(rows, signals),
+            list(own.split(sizes)),
+            split_evenly(rows, signals),
         )
         if arrived is not None:
             share.batches.append(arrived)
@@ -350,8 +340,7 @@ class StepPlanner:
             return batch, torch.zeros(1), signals[m].row_ids()[[r]]
         if rows == [(part, r) for r in range(signals[part].size)]:
             return dict(share.batches[part]), share.weights[part], share.ids[part].cpu()
-        weights = torch.stack([share.weights[m][r] for m, r in rows])
-        ids = torch.stack([share.ids[m][r].cpu() for m, r in rows])
+        weights, ids = picked(share.weights, rows), picked([i.cpu() for i in share.ids], rows)
         return gather_rows(share.batches, rows, pad_id=self._pad_id), weights, ids
 
     @staticmethod

@@ -136,7 +136,11 @@ class Signals:
         return torch.stack(flat).all(dim=0) if flat else torch.ones(self.size, dtype=torch.bool)
 
     def to(self, device: torch.device | str) -> Signals:
-        """Return the signals on ``device``."""
+        """Return the signals on ``device``: these, where they are there already."""
+        if torch.device(device) == torch.device("cpu") and all(
+            value.device.type == "cpu" for value in self.present().values()
+        ):
+            return self
         return self.map(lambda value: value.to(device))
 
 
@@ -171,7 +175,7 @@ class Selection:
                     f"Write torch.tensor({name})."
                 )
         weights = self.weights.detach().to(torch.float32)
-        if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        if not bool(((weights >= 0) & (weights < torch.inf)).all()):  # nan is neither
             raise ValueError(
                 "Selection: weights must be finite and >= 0, got "
                 f"{weights.flatten()[:8].tolist()}. Give non-finite rows weight 0."
@@ -204,7 +208,8 @@ class Strategy(ABC):
         observes: Signals of the rows that trained, which the training forward gives for nothing;
             handed to :meth:`observe` after each step.
         normalize: How the method defines its loss: ``"tokens"`` (``D = sum_i w_i n_i``) or
-            ``"samples"`` (``D = sum_i w_i`` over per-row means). The host's ``normalize`` wins.
+            ``"samples"`` (``D = sum_i w_i`` over per-row means), ``"rows"`` (per-row means over the
+            number of rows that train). The host's ``normalize`` wins.
         drops_only: Whether all it does is to train ``keep`` of the candidates with weight 1. Hosts
             refuse such a method where there is one candidate for each row that trains: it would
             pay for scores and drop nothing.
@@ -295,6 +300,27 @@ class Strategy(ABC):
 
         The length must not depend on ``epoch``: a trainer fixes its schedule from the first one.
         """
+        return None
+
+    def draw_epoch(
+        self, rows: int, state: State, *, step: int, generator: torch.Generator
+    ) -> State:
+        """Decide at the start of an epoch which of its rows are read at all; see rows_of_epoch.
+
+        For methods that decide from what they remember, before anything is loaded. Called by hosts
+        whose order of rows is their own, where ids are row numbers; others never call it, and the
+        method decides when a row comes up.
+
+        Args:
+            rows: Size of the dataset; 0 to forget an earlier draw.
+            state: As in :meth:`select`.
+            step: Optimizer step with which the epoch begins.
+            generator: The only source of randomness (CPU).
+        """
+        return state
+
+    def rows_of_epoch(self, state: State) -> Tensor | None:
+        """Return which rows the drawn epoch reads: ``(rows,)`` bool; None for all of them."""
         return None
 
 

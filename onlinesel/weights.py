@@ -158,7 +158,7 @@ class Weighing:
         counts: ``(N,)`` labelled tokens of each row; None where a row is one item of its own, as in
             classification.
         denominator: ``D`` of the whole step, over all micro-batches and ranks.
-        normalize: ``"tokens"`` or ``"samples"``.
+        normalize: ``"tokens"``, ``"samples"`` or ``"rows"``.
         factor: What the engine divides a gradient by afterwards (ranks that are averaged, losses
             that it divides by the accumulation), so that the division cancels.
         observe: Is told the ``(N,)`` mean losses of the rows, for methods that learn from them.
@@ -185,7 +185,7 @@ class Weighing:
         weights = self.weights.to(losses)
         if self.counts is not None:
             counts = self.counts.to(losses)
-            if losses.dim() == 2 and self.normalize == "samples":
+            if losses.dim() == 2 and self.normalize != "tokens":
                 weights = weights / counts.clamp(min=1)
             elif losses.dim() == 1:
                 per_row = counts if self.normalize == "tokens" else counts.clamp(max=1)
@@ -264,7 +264,8 @@ def weighted_mean(
         weights: ``(N,)`` row weights >= 0; rows of weight 0 contribute exactly nothing, even if
             their loss is not finite.
         normalize: ``"tokens"``: ``D = sum_i w_i n_i``. ``"samples"``: ``D = sum_i w_i`` over
-            per-row means. Rows without tokens count as one token. A planned step has its own.
+            per-row means; ``"rows"``: the number of rows of weight above 0, over per-row means.
+            Rows without tokens count as one token. A planned step has its own.
         denominator: ``D``, where the batch is only a part of the step (other micro-batches or
             ranks); by default this batch's own.
 
@@ -286,9 +287,9 @@ def weighted_mean(
     weighing = _at_hand.get()
     if weights is None and weighing is not None:
         return weighing(losses, mask)
-    if normalize not in ("tokens", "samples"):
+    if normalize not in ("tokens", "samples", "rows"):
         raise ValueError(
-            f"weighted_mean: normalize must be 'tokens' or 'samples', got {normalize!r}. "
+            f"weighted_mean: normalize must be 'tokens', 'samples' or 'rows', got {normalize!r}. "
             "Use 'tokens' for the mean over labelled tokens."
         )
     if losses.dim() == 2 and mask is None:
@@ -327,12 +328,12 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def total_weight(weights: Tensor, counts: Tensor | None, normalize: str) -> Tensor:
-    """Return ``D`` of some rows: ``sum_i w_i n_i``, or ``sum_i w_i`` over rows with a token.
+    """Return ``D`` of some rows: ``sum_i w_i n_i``; ``sum_i w_i`` or 1 each, if it has a token.
 
     Args:
         weights: ``(N,)``.
         counts: ``(N,)`` labelled tokens, or None where each row is one item.
-        normalize: ``"tokens"`` or ``"samples"``.
+        normalize: ``"tokens"``, ``"samples"`` or ``"rows"``.
 
     Returns:
         Scalar, float64.
@@ -340,9 +341,11 @@ def total_weight(weights: Tensor, counts: Tensor | None, normalize: str) -> Tens
     Example:
         >>> import torch
         >>> weights, counts = torch.tensor([1.0, 2.0]), torch.tensor([3, 0])
-        >>> [total_weight(weights, counts, n).item() for n in ("tokens", "samples")]
-        [3.0, 1.0]
+        >>> [total_weight(weights, counts, n).item() for n in ("tokens", "samples", "rows")]
+        [3.0, 1.0, 1.0]
     """
+    if normalize == "rows":
+        weights = (weights > 0).float()
     if counts is None:
         return weights.double().sum()
     per_row = counts if normalize == "tokens" else counts > 0

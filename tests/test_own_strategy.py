@@ -134,7 +134,7 @@ def test_scores_are_one_a_row_and_metrics_may_be_plain_numbers() -> None:
          r"\('loss',\), with the comma"),
         ("needs", ("losses",), ValueError, r"needs must be among ids, loss, .*got \['losses'\]"),
         ("observes", ("entropy",), ValueError, r"observes must be among loss, got \['entropy'\]"),
-        ("normalize", "mean", ValueError, "normalize must be 'tokens' or 'samples', got 'mean'"),
+        ("normalize", "mean", ValueError, "normalize must be 'tokens', 'samples' or 'rows', got '"),
     ],
 )  # fmt: skip
 def test_declarations_that_nobody_can_follow(

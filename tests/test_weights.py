@@ -217,11 +217,11 @@ def test_a_half_precision_loss_is_summed_in_float32() -> None:
 
 def test_an_unknown_normaliser_is_refused() -> None:
     message = (
-        r"^weighted_mean: normalize must be 'tokens' or 'samples', got 'rows'\. "
+        r"^weighted_mean: normalize must be 'tokens', 'samples' or 'rows', got 'mean'\. "
         r"Use 'tokens' for the mean over labelled tokens\.$"
     )
     with pytest.raises(ValueError, match=message):
-        weighted_mean(torch.ones(1, 1), torch.ones(1, 1).bool(), torch.ones(1), normalize="rows")
+        weighted_mean(torch.ones(1, 1), torch.ones(1, 1).bool(), torch.ones(1), normalize="mean")
 
 
 def test_a_planned_step_hands_its_weights_over() -> None:

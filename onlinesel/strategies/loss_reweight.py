@@ -19,6 +19,12 @@ paper's theory assumes 2), what is cut off is spread in proportion; and fewer th
 rows are weighted equally, since the range of a handful of losses means nothing (fewer candidates
 than that are not scored at all).
 
+The paper's README and its large-scale code divide as above. Its ``trainer.py`` also multiplies each
+row by its share of the tokens, ``sum_i softmax_i (M n_i / sum_j n_j) l_i``, which is the same only
+where rows are equally long. The host's ``normalize="tokens"`` weighs so, and divides by
+``sum_i w_i n_i``; the release's value is that times ``sum_i w_i n_i / sum_i n_i``, a factor around
+1 that moves with the batch and is left out here on purpose.
+
 Cost: one forward without gradient over the rows, a third of a training step: the weights are
 relative to all rows of the step, which the training forward of one micro-batch does not know. No
 memory. Use ``candidates=1``: nothing is dropped.

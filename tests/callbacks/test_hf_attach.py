@@ -73,7 +73,7 @@ class NoKwargs(Headless):
         (TopLoss(), {"candidates": 2.0}, "candidates must be an integer >= 1, got 2.0"),
         (TopLoss(), {"candidates": True}, "candidates must be an integer >= 1, got True"),
         (TopLoss(), {"scope": "node"}, "scope must be one of global, rank, batch, got 'node'"),
-        (TopLoss(), {"normalize": "rows"}, "normalize must be 'tokens', 'samples' or None"),
+        (TopLoss(), {"normalize": "mean"}, "normalize must be 'tokens', 'samples', 'rows' or None"),
         (TopLoss(), {"ids": "uid"}, "ids must be a column of the training dataset, got 'uid'. Na"),
         (NeedsReward(), {}, "CausalLMScorer: needs must be among .* got \\['reward'\\]"),
         (RHOLoss(), {}, "reference must be a model, 'adapter' or a column"),

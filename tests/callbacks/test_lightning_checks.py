@@ -66,7 +66,7 @@ def refused(
     [
         ({"candidates": 0}, "candidates must be an integer >= 1, got 0"),
         ({"scope": "node"}, "scope must be one of global, rank, batch, got 'node'"),
-        ({"normalize": "rows"}, "normalize must be 'tokens', 'samples' or None, got 'rows'"),
+        ({"normalize": "mean"}, "normalize must be 'tokens', 'samples', 'rows' or None, got 'm"),
     ],
 )
 def test_arguments_are_checked_when_it_is_made(arguments: Any, message: str) -> None:

@@ -348,7 +348,7 @@ class Needy(Strategy):
         (TopLoss(), {"accumulate": 0}, "steps: accumulate must be an integer >= 1, got 0"),
         (TopLoss(), {"candidates": 0}, "steps: candidates must be an integer >= 1, got 0"),
         (TopLoss(), {"scope": "world"}, "steps: scope must be one of global, rank, batch, got 'w"),
-        (TopLoss(), {"normalize": "rows"}, "steps: normalize must be 'tokens', 'samples' or None"),
+        (TopLoss(), {"normalize": "mean"}, "steps: normalize must be 'tokens', 'samples', 'rows'"),
         (RHOLoss(), {}, "steps: reference must be a model or 'adapter', got None. RHOLoss compar"),
         (Needy(), {}, "CausalLMScorer: needs must be among"),
     ],

@@ -136,6 +136,7 @@ def test_golden_vectors() -> None:
     [
         ({"prune": 1.0}, r"InfoBatch: prune must be in \[0, 1\), got 1\.0\. Use the paper's 0\.5"),
         ({"prune": -0.1}, r"InfoBatch: prune must be in \[0, 1\), got -0\.1\. "),
+        ({"divide_by": "tokens"}, r"InfoBatch: divide_by must be 'weights' or 'rows', got 'tok"),
         ({"initial_loss": NAN}, r"InfoBatch: initial_loss must be finite or None, got nan\. Use"),
     ],
 )

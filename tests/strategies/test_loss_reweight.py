@@ -61,6 +61,10 @@ def test_golden_vectors_of_two_ranks(name: str) -> None:
     token_loss = torch.tensor(losses)[:, None] * mask
     found = weighted_mean(token_loss, mask, weights, normalize=LossReweight.normalize)
     assert found.item() == pytest.approx(want["global_weighted_loss"], rel=2e-5)
+    # trainer.py of the release weighs by the share of tokens too; the card says by what it differs.
+    found = weighted_mean(token_loss, mask, weights, normalize="tokens")
+    factor = (weights * torch.tensor(tokens)).sum() / sum(tokens)
+    assert (found * factor).item() == pytest.approx(want["trainer_ddp_mean_loss"], rel=2e-5)
 
 
 def test_the_ranks_alone_would_give_other_weights() -> None:
