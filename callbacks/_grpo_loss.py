@@ -96,11 +96,11 @@ class MicroLoss:
     ) -> None:
         self.trainer, self.parts, self.fused = trainer, parts, fused
         self._log_probs = log_probs
-        self._asked = self._known = self._checked = False
+        self._asked = self._known = self._checked = self._running = False
 
     def asked(self) -> None:
-        """Note that log-probabilities are computed, and whether TRL's own loss asks for them."""
-        if not self._checked:
+        """Note that a loss asks for log-probabilities, and whether it is TRL's own."""
+        if self._running and not self._checked:
             self._asked, self._known = True, self._known or trl_loss_inputs() is not None
 
     def compute(
@@ -108,10 +108,14 @@ class MicroLoss:
     ) -> Any:
         """Return what the trainer's ``compute_loss`` returns, weighed."""
         plain = {name: value for name, value in inputs.items() if name not in (ROWS, TRAINS)}
-        if ROWS not in inputs:
-            loss = call(model, plain, *args, **kwargs)
-        else:
-            loss = self._weighed(call, model, plain, inputs, *args, **kwargs)
+        self._running = True
+        try:
+            if ROWS not in inputs:
+                loss = call(model, plain, *args, **kwargs)
+            else:
+                loss = self._weighed(call, model, plain, inputs, *args, **kwargs)
+        finally:
+            self._running = False
         if not self._checked:
             self._check()
         return loss

@@ -273,8 +273,8 @@ class RolloutSelection(TrainerCallback):
         return self._window.close(loss, model) if last else loss
 
     def _on_compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        call = self._call["compute_loss"]
-        if self._maker is None or not self.trainer.model.training:
+        call, idle = self._call["compute_loss"], self._maker is None and not self._tokens.fused
+        if idle or not self.trainer.model.training:
             return call(model, inputs, *args, **kwargs)
         return self._loss.compute(call, model, inputs, *args, **kwargs)
 

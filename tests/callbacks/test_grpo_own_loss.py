@@ -90,6 +90,16 @@ def test_parts_that_need_trls_loss_are_refused_before_a_step(
     assert torch.equal(before, weights(trainer))
 
 
+def test_log_probabilities_of_the_generation_are_not_those_of_the_loss(tmp_path: Path) -> None:
+    """Two steps a generation batch: the trainer computes old log-probabilities before the loss."""
+    trainer = make_grpo_trainer(
+        tmp_path, (2, 1), kind=OwnLoss, steps_per_generation=2, per_device_train_batch_size=4
+    )
+    attach(trainer, fused_logprobs=True)
+    with pytest.raises(ValueError, match="Call it in the loss, or set fused_logprobs=False"):
+        trainer.train()
+
+
 class NoMean(OwnLoss):
     """A mean over tokens that is nan without any."""
 
