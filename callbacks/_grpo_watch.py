@@ -13,7 +13,7 @@ from onlinesel.distributed import rank
 __all__ = ["Watch"]
 
 _BARREN = 20  # batches in a row without a group that passes the gate
-_FLAT = 5  # batches in a row of equal rewards
+_FLAT = 10  # batches in a row of equal rewards
 _UNSCORED = 3  # batches in a row without any reward
 
 

@@ -94,7 +94,7 @@ def test_evaluation_is_left_alone(tmp_path: Path) -> None:
     rewards = []
     for callback in (False, True):
         trainer = make_grpo_trainer(
-            tmp_path, (2, 2, 2), per_device_eval_batch_size=8, eval_strategy="no", max_steps=1
+            tmp_path, (2,) * 4, per_device_eval_batch_size=8, eval_strategy="no", max_steps=1
         )
         trainer.eval_dataset = make_grpo_trainer(tmp_path, (0, 4, 4, 0)).train_dataset
         if callback:

@@ -54,7 +54,7 @@ def test_a_gate_that_finds_nothing_for_long_warns_and_goes_on(tmp_path: Path, re
 
 @pytest.mark.parametrize(
     ("rights", "batches", "told"),
-    [(0, 5, "every reward was 0"), (4, 5, "every reward was 1"), (NAN, 3, "every reward was None")],
+    [(0, 10, "reward was 0"), (4, 10, "reward was 1"), (NAN, 3, "reward was None")],
 )
 def test_rewards_that_teach_nothing_are_said(
     tmp_path: Path, rights: float, batches: int, told: str
