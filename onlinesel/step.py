@@ -66,8 +66,8 @@ class StepPlan:
         normalize: ``"tokens"``, ``"samples"`` or ``"rows"``.
         decisions: What was decided about which signals, one pair per decision.
         seconds: Time from the candidates to this plan.
-        undefined: Whether nothing trains because no candidate has a finite score, as where the
-            model has diverged. The loss is then shown as nan; its gradient is 0 all the same.
+        undefined: Whether nothing trains because no labelled candidate has a finite score, as where
+            the model has diverged. The loss is then shown as nan; its gradient is 0 all the same.
     """
 
     batches: list[Batch]
@@ -368,8 +368,10 @@ class StepPlanner:
 
 
 def _all_unscored(decisions: Sequence[Decision], needs: Sequence[str]) -> bool:
-    """Whether there are candidates, and none has finite numbers in all that the method reads."""
-    return bool(decisions) and not any(bool(s.finite(needs).any()) for s, _ in decisions)
+    """Whether no candidate that has labels has finite numbers in all that the method reads."""
+    labelled = [(s.tokens > 0, s.finite(needs)) for s, _ in decisions if s.tokens is not None]
+    there = any(bool(own.any()) for own, _ in labelled)
+    return there and not any(bool((own & good).any()) for own, good in labelled)
 
 
 def _sum(parts: Iterable[tuple[Tensor, Tensor | None]], normalize: str) -> Tensor:
