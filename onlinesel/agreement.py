@@ -45,8 +45,8 @@ def check_arguments(owner: str, candidates: object, scope: object, normalize: ob
          "With 'global' all candidates of a step compete, with 'rank' those of each process, with "
          "'batch' those of each micro-batch."),
         (normalize in NORMALIZE, "normalize", "'tokens', 'samples', 'rows' or None", normalize,
-         "'tokens' is the mean over labelled tokens, 'samples' that over the rows' means, 'rows' their "
-         "weighted sum over the number of rows, and None leaves it to the method."),
+         "'tokens' is the mean over labelled tokens, 'samples' that over the rows' means, 'rows' "
+         "their weighted sum over the number of rows, and None leaves it to the method."),
     ):  # fmt: skip
         if not good:
             raise ValueError(f"{owner}: {name} must be {rule}, got {got!r}. {remedy}")

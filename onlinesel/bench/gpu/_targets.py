@@ -150,7 +150,7 @@ def target_table(entries: Sequence[Result]) -> str:
 
     Example:
         >>> print(target_table(judge({}, TARGETS[:1])))
-        token scores, d=896: speed of the bare product            -   >= 0.70 x  not measured
+        token scores, d=896: speed of the bare product           -    >= 0.70 x  not measured
     """
     width = max(len(entry["name"]) for entry in entries)
     lines = []
