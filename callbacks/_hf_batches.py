@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
+from transformers import Trainer
 
 from onlinesel.callbacks._replay import HELD
 from onlinesel.columns import as_columns
 from onlinesel.rows import GROUP, ROW_ID, content_ids
 
-__all__ = ["RowBatches"]
+__all__ = ["RowBatches", "Step", "only_moves"]
+
+
+class Step(NamedTuple):
+    """The candidates of one optimizer step on this rank.
+
+    Attributes:
+        batches: Micro-batches as the trainer prepares them, on its device.
+        columns: The same as columns of rows.
+        ids: ``(n,)`` of their rows.
+        groups: ``(n,)`` of their rows, or empty.
+        given: The columns as they were loaded, if preparing only moved them, else None.
+    """
+
+    batches: list[dict[str, Any]]
+    columns: list[dict[str, Any]]
+    ids: list[Tensor]
+    groups: list[Tensor]
+    given: list[dict[str, Any]] | None
+
+
+def only_moves(trainer: Any) -> bool:
+    """Return whether a trainer prepares its batches as transformers' does: by moving them."""
+    names = ("_prepare_inputs", "_prepare_input")
+    return all(getattr(type(trainer), name) is getattr(Trainer, name) for name in names)
 
 
 class RowBatches:
@@ -21,23 +46,30 @@ class RowBatches:
         self._layout: dict[str, bool] = {}
         self._rebuild: Callable[[Mapping[str, Any]], Any] = dict
 
-    def take_apart(
-        self, batches: Sequence[dict[str, Any]]
-    ) -> tuple[list[dict[str, Any]], list[Tensor], list[Tensor] | None]:
-        """Return the columns of a step's batches, the ids of their rows and their groups.
+    def take_apart(self, trainer: Any, batches: Sequence[Any]) -> Step:
+        """Prepare a step's batches as the trainer does, and take them apart into columns.
 
         Args:
-            batches: What rides in them for the selection is taken out in place.
+            trainer: The trainer.
+            batches: What its loader gave, on the host if :meth:`TrainingData.loader` could see to
+                it: what decides about rows is then known without waiting for the device.
         """
-        columns, ids, groups = [], [], []
-        for batch in batches:
-            own, group = batch.pop(ROW_ID, None), batch.pop(GROUP, None)
-            taken = as_columns(batch, None if own is None else len(own), self._layout)
+        step = Step([], [], [], [], [] if only_moves(trainer) else None)
+        for loaded in batches:
+            loaded = dict(loaded)
+            own, group = loaded.pop(ROW_ID, None), loaded.pop(GROUP, None)
+            rows = None if own is None else len(own)
+            given = as_columns(loaded, rows, self._layout).values
+            prepared = dict(trainer._prepare_inputs(loaded))
+            taken = as_columns(prepared, rows, self._layout)
             self._rebuild = taken.rebuild
-            columns.append(taken.values)
-            ids.append(content_ids(taken.values) if own is None else own)
-            groups += [] if group is None else [group]
-        return columns, ids, groups or None
+            step.batches.append(prepared)
+            step.columns.append(taken.values)
+            step.ids.append(content_ids(given) if own is None else own)
+            step.groups.extend([] if group is None else [group])
+            if step.given is not None:
+                step.given.append(given)
+        return step
 
     def rebuild(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """Return one batch in the structure of the collator's."""

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import torch
+from accelerate.data_loader import DataLoaderShard
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 
 from onlinesel.callbacks import _attach
+from onlinesel.callbacks._hf_batches import only_moves
 from onlinesel.rows import ROW_ID, CarryColumns, NumberedRows, PlanSampler
 
 __all__ = ["ContinuedOrder", "TrainingData"]
@@ -157,6 +160,8 @@ class TrainingData:
             }
             with _attach.overridden(trainer, changes):
                 loader = build()
+                if isinstance(loader, DataLoaderShard) and only_moves(trainer):
+                    loader.device = None  # what decides about rows is read before they are moved
                 if self._factor > 1:
                     size, processes = trainer._train_batch_size, trainer.args.world_size
                     _attach.check_loader(loader, size, processes)
@@ -181,6 +186,13 @@ class TrainingData:
             facts["steps"] = self._steps
             facts["without"] = max(-(-batches // self._accumulate), 1)
         return facts
+
+    def counts_on(self, device: torch.device) -> torch.device:
+        """Return where the trainer shall have its count of a step's items, which ours replaces.
+
+        It stays where the labels are, unless the trainer sums it over processes.
+        """
+        return device if self._trainer.args.world_size > 1 else torch.device("cpu")
 
     # Where the run stands -------------------------------------------------------------------
 

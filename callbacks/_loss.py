@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
+from onlinesel.host import upload
 from onlinesel.step import StepPlan
 
 __all__ = ["UNDEFINED", "WEIGHTS", "LossTap", "as_undefined", "put_weights", "tapped_loss"]
@@ -41,10 +42,10 @@ def put_weights(plan: StepPlan, args: Any, *, always: bool) -> Tensor:
         if multipliers is None and (always or scale != 1.0):
             multipliers = (plan.weights[index] > 0).float()
         if multipliers is not None:
-            batch[WEIGHTS] = multipliers * scale
+            batch[WEIGHTS] = upload(multipliers * scale, args.device)
         if plan.undefined:
             batch[UNDEFINED] = True
-    return items
+    return upload(items, args.device)
 
 
 def as_undefined(result: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from onlinesel.distributed import gather_signals
+from onlinesel.host import to_host
 from onlinesel.mixing import DomainSampler
 from onlinesel.selector import Selector
 from onlinesel.types import Signals
@@ -31,7 +32,7 @@ class TrainedLosses:
         """
         self._ids = list(ids)
         self._references = [batch.pop("reference_loss", None) for batch in batches]
-        self._seen: list[Signals] = []
+        self._losses: list[Tensor] = []
 
     def note(self, losses: Tensor, multipliers: Tensor) -> None:
         """Note the next micro-batch.
@@ -40,11 +41,8 @@ class TrainedLosses:
             losses: ``(n,)`` mean token loss of each row.
             multipliers: ``(n,)``, 0 for rows that do not train.
         """
-        losses = losses.masked_fill(multipliers.to(losses.device) == 0, float("nan")).cpu()
-        index = len(self._seen)
-        known = self._references[index]
-        known = torch.full_like(losses, float("nan")) if known is None else known.cpu()
-        self._seen.append(Signals(ids=self._ids[index], loss=losses, reference_loss=known))
+        trains = multipliers.to(losses.device) != 0
+        self._losses.append(torch.where(trains, losses, float("nan")))
 
     def teach(
         self, selector: Selector, domains: DomainSampler | None, scope: str, device: torch.device
@@ -79,8 +77,12 @@ class TrainedLosses:
         Args:
             compared: Whether the reference losses are wanted.
         """
-        seen, self._seen = self._seen, []
-        if not seen:
+        losses, self._losses = self._losses, []
+        if not losses:
             return None
-        names = ("ids", "loss", "reference_loss") if compared else ("ids", "loss")
-        return Signals(**{name: torch.cat([getattr(s, name) for s in seen]) for name in names})
+        pairs = zip(losses, self._references, strict=True)
+        known = [torch.full_like(loss, torch.nan) if r is None else r for loss, r in pairs]
+        brought = to_host([*losses, *(known if compared else ())])
+        columns = {"loss": brought[: len(losses)], "reference_loss": brought[len(losses) :]}
+        found = {name: torch.cat(column) for name, column in columns.items() if column}
+        return Signals(ids=torch.cat(self._ids), **found)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from onlinesel.callbacks._attach import overridden
+from onlinesel.host import to_host
 
 __all__ = ["HELD", "SCORER", "Audit", "HeldRows", "Replay", "check_limit", "refuse"]
 
@@ -86,7 +87,8 @@ class Audit:
             ValueError: The gradient was not that of the step.
         """
         worst, self._worst = self._worst, {}
-        for (layer, allowed), error in worst.items():
+        errors = to_host(list(worst.values()))
+        for (layer, allowed), error in zip(worst, errors, strict=True):
             if float(error) > allowed:
                 refuse(
                     "layers", "such that the rows that train come out as among all candidates",

@@ -29,6 +29,7 @@ from onlinesel.callbacks import _attach
 from onlinesel.callbacks._replay import HELD, SCORER, Audit, HeldRows, check_limit, refuse
 from onlinesel.callbacks._stopwatch import Stopwatch
 from onlinesel.distributed import rank
+from onlinesel.host import to_host, upload
 from onlinesel.padding import token_width
 from onlinesel.step import StepPlan
 from onlinesel.types import Scorer
@@ -222,7 +223,8 @@ class ReusedForward:
             The share of their rows that is not forwarded again, and the GiB that were held. What
             that saves is in ``saved_seconds``.
         """
-        parts = [_Part(batch, self._candidates) for batch in batches]
+        marks = to_host([batch[SOURCE] for batch in batches])
+        parts = [_Part(b, m, self._candidates) for b, m in zip(batches, marks, strict=True)]
         values: list[list[Tensor | None]] = [[] for _ in parts]
         for call in range(len(self._called)):
             for part, found in zip(parts, values, strict=True):
@@ -253,9 +255,8 @@ class _Part:
         pieces: Candidates, their tokens, and where these go in the flattened micro-batch.
     """
 
-    def __init__(self, batch: Batch, candidates: Sequence[_Candidates]) -> None:
-        marked = batch.pop(SOURCE)
-        source, device = marked.cpu(), marked.device  # one wait for the device, not one a piece
+    def __init__(self, batch: Batch, source: Tensor, candidates: Sequence[_Candidates]) -> None:
+        device = batch.pop(SOURCE).device
         held = torch.zeros_like(source, dtype=torch.bool)
         self.pieces: list[tuple[_Candidates, Tensor, Tensor]] = []
         for part in candidates:
@@ -265,10 +266,10 @@ class _Part:
             places = mine.flatten().nonzero().squeeze(1)
             if places.numel():
                 taken = source.flatten()[places] - part.first
-                self.pieces.append((part, taken.to(device), places.to(device)))
+                self.pieces.append((part, upload(taken, device), upload(places, device)))
                 held |= mine
-        self.fresh = (~held.any(dim=1)).nonzero().squeeze(1).to(device)
-        self.known = held.to(device)
+        self.fresh = upload((~held.any(dim=1)).nonzero().squeeze(1), device)
+        self.known = upload(held, device)
         mask = batch.get("attention_mask")
         if mask is not None and mask.shape == self.known.shape:
             self.known &= mask.ne(0)

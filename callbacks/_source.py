@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -189,7 +189,9 @@ class StepSource:
             self._needs, reference=self._reference, **self.strategy.scorer_options
         )
 
-    def _signals(self, batch: dict[str, Any], needs: Sequence[str]) -> Signals:
+    def _signals(
+        self, batch: dict[str, Any], needs: Sequence[str], hosted: Mapping[str, Any]
+    ) -> Signals:
         scorer = self._default
         if scorer is not None:
             around: AbstractContextManager[None] = nullcontext()
@@ -198,10 +200,8 @@ class StepSource:
                 batch = self._reuse.without_marks(batch)
             inputs = self._rebuild(batch)
             batch = inputs if isinstance(inputs, dict) else batch
-            return self._call(
-                lambda model: scorer(model, batch, core=self._core, needs=needs, around=around),
-                self._model,
-            )
+            scored = partial(scorer, core=self._core, needs=needs, around=around, hosted=hosted)
+            return self._call(lambda model: scored(model, batch), self._model)
         score, rebuilt = self._score, self._rebuild(batch)
         assert score is not None
         with evaluating(self._model):
@@ -236,7 +236,8 @@ class StepSource:
         batches = [self._moved(part.columns) for part in window]
         groups = None if window[0].groups is None else [_present(part.groups) for part in window]
         ids = [part.ids for part in window]
-        decide = partial(self._planner.plan, batches, ids, step, groups)
+        given = [part.columns for part in window]
+        decide = partial(self._planner.plan, batches, ids, step, groups, given)
         plan = self.meter.deciding(decide, self._reuse, batches)
         self._seen, self.open = [], True
         return plan

@@ -15,7 +15,7 @@ methods **of that instance**; :meth:`OnlineSelection.detach` puts everything bac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -248,13 +248,13 @@ class OnlineSelection(TrainerCallback):
     ) -> tuple[list[Any], Any]:
         """Fetch the candidates of one optimizer step, and return what trains."""
         self._meter.fetch()
-        batches, items = self._call["get_batch_samples"](epoch_iterator, num_batches, device)
+        count_on = device if self.shadow else self._data.counts_on(device)
+        batches, items = self._call["get_batch_samples"](epoch_iterator, num_batches, count_on)
         if not batches:
             return batches, items
-        batches = [dict(self.trainer._prepare_inputs(batch)) for batch in batches]
-        columns, ids, groups = self._rows.take_apart(batches)
+        batches, columns, ids, groups, given = self._rows.take_apart(self.trainer, batches)
         step = self.trainer.state.global_step
-        decide = partial(self._plan(device).plan, columns, ids, step, groups)
+        decide = partial(self._plan(device).plan, columns, ids, step, groups, given)
         plan = self._meter.deciding(decide, self._reuse, columns)
         self._trained.begin(plan.ids, plan.batches)
         if self.shadow:
@@ -275,7 +275,9 @@ class OnlineSelection(TrainerCallback):
             )  # fmt: skip
         return self._planner
 
-    def _score(self, batch: dict[str, Any], needs: Sequence[str]) -> Signals:
+    def _score(
+        self, batch: dict[str, Any], needs: Sequence[str], hosted: Mapping[str, Any]
+    ) -> Signals:
         trainer, held = self.trainer, nullcontext()
         if self._reuse is not None:
             held = self._reuse.scoring(batch)
@@ -283,9 +285,8 @@ class OnlineSelection(TrainerCallback):
         batch = self._rows.rebuild(batch)
         with trainer.compute_loss_context_manager():
             if isinstance(self._scorer, CausalLMScorer):
-                return self._scorer(
-                    trainer.model_wrapped, batch, core=trainer.model, needs=needs, around=held
-                )
+                more = {"core": trainer.model, "needs": needs, "around": held, "hosted": hosted}
+                return self._scorer(trainer.model_wrapped, batch, **more)
             with evaluating(trainer.model_wrapped):
                 return self._scorer(trainer.model_wrapped, batch)
 

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onlinesel.host import host_columns, upload
 from onlinesel.padding import (
     IGNORED_LABEL,
-    TokenAxes,
+    Filling,
     are_labels,
     cut,
     filled,
-    fills,
     is_array,
-    left_padded,
     refuse_sizes,
     token_axes,
+    used,
 )
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "count_labels",
     "deal",
     "gather_rows",
+    "gather_twice",
     "has_rows",
     "is_causal",
     "join_columns",
@@ -113,14 +114,19 @@ def take_rows(batch: Batch, rows: Tensor | Sequence[int]) -> dict[str, Any]:
         ([[3], [1]], ['c', 'a'])
     """
     rows_in(batch)
-    index = torch.as_tensor(rows, dtype=torch.int64)
+    return _taken(batch, torch.as_tensor(rows, dtype=torch.int64).cpu())
+
+
+def _taken(batch: Batch, index: Tensor) -> dict[str, Any]:
     numbers = index.tolist()
+    devices = {value.device for value in batch.values() if isinstance(value, Tensor)}
+    places = {device: upload(index, device) for device in devices}
 
     def taken(value: Any) -> Any:
         if not has_rows(value):
             return value
         if isinstance(value, Tensor):
-            return value.index_select(0, index.to(value.device))
+            return value.index_select(0, places[value.device])
         if isinstance(value, list | tuple):
             return _sequence(value, (value[row] for row in numbers))
         return value[numbers]
@@ -145,7 +151,8 @@ def trim(batch: Batch) -> dict[str, Any]:
         >>> trim({"input_ids": row, "attention_mask": mask})["input_ids"].tolist()
         [[5, 6]]
     """
-    return cut(batch, token_axes([batch]))
+    axes, (hosted,) = token_axes([batch]), host_columns([batch])[0]
+    return cut(batch, axes, used({**batch, **hosted}, axes))
 
 
 def gather_rows(
@@ -176,6 +183,26 @@ def gather_rows(
         >>> gather_rows([one, two], [(1, 0), (0, 0)])["input_ids"].tolist()
         [[3, 0], [1, 2]]
     """
+    hosted, _ = host_columns(batches)
+    return gather_twice(batches, hosted, rows, pad_id=pad_id)[0]
+
+
+def gather_twice(
+    batches: Sequence[Batch],
+    hosted: Sequence[Batch],
+    rows: Sequence[tuple[int, int]],
+    *,
+    pad_id: int = 0,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Build one batch as :func:`gather_rows` does, and what the host knows of it.
+
+    Args:
+        batches: Batches on any device.
+        hosted: Their labels and masks on the host, as :func:`onlinesel.host.host_columns` gives
+            them; only these are read.
+        rows: ``(batch, row)`` pairs.
+        pad_id: Token that fills ``input_ids``.
+    """
     runs: list[tuple[int, list[int]]] = []
     for source, row in rows:
         if not runs or runs[-1][0] != source:
@@ -183,9 +210,20 @@ def gather_rows(
         runs[-1][1].append(row)
     _check_columns(batches)
     axes = token_axes(batches)
-    pieces = [cut(take_rows(batches[source], picked), axes) for source, picked in runs]
-    joined = pieces[0] if len(pieces) == 1 else _joined(pieces, axes, batches, pad_id)
-    return {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in joined.items()}
+    pieces, known = [], []
+    for source, picked in runs:
+        rows_in(batches[source])
+        index = torch.tensor(picked)
+        piece, part = _taken(batches[source], index), _taken(hosted[source], index)
+        windows = used(piece | part, axes)
+        pieces.append(cut(piece, axes, windows))
+        known.append(cut(part, axes, windows))
+    if len(pieces) > 1:
+        read = [{**batch, **part} for batch, part in zip(batches, hosted, strict=True)]
+        filling = Filling.of(pieces, axes, read, pad_id)
+        pieces, known = [_joined(pieces, filling)], [_joined(known, filling)]
+    whole, part = pieces[0], known[0]
+    return {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in whole.items()}, part
 
 
 def _check_columns(batches: Sequence[Batch]) -> None:
@@ -208,25 +246,11 @@ def _kind(value: Any) -> str:
     return "array" if is_array(value) else "rows" if has_rows(value) else "value"
 
 
-def _joined(
-    pieces: Sequence[Batch], axes: TokenAxes, batches: Sequence[Batch], pad_id: int
-) -> dict[str, Any]:
-    widths = [axes.widths(piece) for piece in pieces]
-    widest = {prefix: max(w[prefix] for w in widths) for prefix in axes.anchors}
-    narrow = any(w != widest for w in widths)
-    found = fills(batches, axes, pad_id) if narrow else {}
-    left = {p: any(left_padded(batch, p) for batch in batches) for p in axes.anchors if narrow}
-    result: dict[str, Any] = {}
-    for name in pieces[0]:
-        values = [piece[name] for piece in pieces]
-        if narrow and name in axes.columns:
-            prefix, dims = axes.columns[name]
-            values = [
-                filled(v, dims, widest[prefix], fill=found[name], left=left[prefix])
-                for v in values
-            ]  # fmt: skip
-        result[name] = join_columns(name, values)
-    return result
+def _joined(pieces: Sequence[Batch], filling: Filling) -> dict[str, Any]:
+    return {
+        name: join_columns(name, filling.of_column(name, [piece[name] for piece in pieces]))
+        for name in pieces[0]
+    }
 
 
 def join_columns(name: str, values: Sequence[Any]) -> Any:
@@ -284,7 +308,8 @@ def mute_rows(batch: Batch, rows: Tensor) -> dict[str, Any]:
         if name in result:
             value = result[name]
             shape = (-1,) + (1,) * (value.dim() - 1)
-            result[name] = value.masked_fill(rows.to(value.device).view(shape), IGNORED_LABEL)
+            muted = upload(rows, value.device).view(shape)
+            result[name] = value.masked_fill(muted, IGNORED_LABEL)
     return result
 
 

@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 
 __all__ = [
     "IGNORED_LABEL",
+    "Filling",
     "TokenAxes",
     "are_labels",
     "cut",
@@ -29,6 +30,7 @@ __all__ = [
     "refuse_sizes",
     "token_axes",
     "token_width",
+    "used",
 ]
 
 IGNORED_LABEL = -100
@@ -169,25 +171,28 @@ def left_padded(batch: Batch, prefix: str = "") -> bool:
     return bool(((mask[:, 0] == 0) & mask.any(dim=1)).any())  # and not padding from end to end
 
 
-def cut(batch: Batch, axes: TokenAxes) -> dict[str, Any]:
-    """Cut the columns, at either end, that are padding in every row of a batch.
+def used(batch: Batch, axes: TokenAxes) -> dict[str, slice]:
+    """Return which columns are not padding in every row of a batch, where that is a part of them.
 
-    Needs a 2-D mask of the tokens; without one nothing is cut. At least one column stays.
+    Needs a 2-D mask of the tokens; without one nothing is known. There is one column at least.
 
     Args:
-        batch: Rows of one of the batches that ``axes`` were found in.
+        batch: Rows of one of the batches that ``axes`` were found in; labels and masks are read.
         axes: What has a token dimension.
+
+    Returns:
+        By the prefix of the tokens.
     """
-    result = dict(batch)
+    found: dict[str, slice] = {}
     for prefix in axes.anchors:
         mask = batch.get(prefix + _MASK)
         if prefix in axes.fixed or mask is None or len(_sizes(mask)) != 2:
             continue
-        used = torch.as_tensor(mask).ne(0).any(dim=0).nonzero().flatten()
+        places = torch.as_tensor(mask).ne(0).any(dim=0).nonzero().flatten()
         members = {n: dims for n, (p, dims) in axes.columns.items() if p == prefix}
-        if not used.numel() or prefix + _MASK not in members:
+        if not places.numel() or prefix + _MASK not in members:
             continue
-        first, last = int(used[0]), int(used[-1]) + 1
+        first, last = int(places[0]), int(places[-1]) + 1
         if first == 0 and last == mask.shape[1]:
             continue
         labels = (batch[n] for n in members if are_labels(n, batch[n]))
@@ -197,11 +202,25 @@ def cut(batch: Batch, axes: TokenAxes) -> dict[str, Any]:
             for part in (v[:, :first], v[:, last:])
         ):
             continue  # not of these tokens, or a loss would be lost
-        for name, dims in members.items():
-            where = tuple(
-                slice(first, last) if d in dims else slice(None) for d in range(batch[name].ndim)
-            )
-            result[name] = batch[name][where]
+        found[prefix] = slice(first, last)
+    return found
+
+
+def cut(batch: Batch, axes: TokenAxes, windows: Mapping[str, slice]) -> dict[str, Any]:
+    """Cut token dimensions to the columns that :func:`used` named.
+
+    Args:
+        batch: Rows of one of the batches that ``axes`` were found in, or some columns of them.
+        axes: What has a token dimension.
+        windows: Columns that stay, by the prefix of the tokens.
+    """
+    result = dict(batch)
+    for name, (prefix, dims) in axes.columns.items():
+        if name in batch and prefix in windows:
+            value = batch[name]
+            result[name] = value[
+                tuple(windows[prefix] if d in dims else slice(None) for d in range(value.ndim))
+            ]
     return result
 
 
@@ -263,6 +282,50 @@ def filled(
         extra = (missing, 0) if left else (0, missing)
         result = pad(tensor, (*(0, 0) * (tensor.dim() - 1 - dims[0]), *extra), value=fill)
     return result if isinstance(value, Tensor) else result.numpy()
+
+
+@dataclass(frozen=True)
+class Filling:
+    """How rows of several batches are filled up to one width.
+
+    Attributes:
+        axes: What has a token dimension.
+        widest: Width by the prefix of the tokens; empty where all rows have it already.
+        fills: What padding holds in each column.
+        left: Whether padding goes on the left, by the prefix of the tokens.
+    """
+
+    axes: TokenAxes
+    widest: dict[str, int]
+    fills: dict[str, float | int | None]
+    left: dict[str, bool]
+
+    @classmethod
+    def of(
+        cls, pieces: Sequence[Batch], axes: TokenAxes, batches: Sequence[Batch], pad_id: int
+    ) -> Filling:
+        """Find it out.
+
+        Args:
+            pieces: The rows, of whose columns the shapes count.
+            axes: What has a token dimension.
+            batches: What they come from, whose values are read.
+            pad_id: Token that fills ``input_ids``.
+        """
+        widths = [axes.widths(piece) for piece in pieces]
+        widest = {prefix: max(w[prefix] for w in widths) for prefix in axes.anchors}
+        if all(w == widest for w in widths):
+            return cls(axes, {}, {}, {})
+        left = {p: any(left_padded(batch, p) for batch in batches) for p in axes.anchors}
+        return cls(axes, widest, fills(batches, axes, pad_id), left)
+
+    def of_column(self, name: str, values: Sequence[Any]) -> list[Any]:
+        """Fill up one column of each piece."""
+        prefix, dims = self.axes.columns.get(name, ("", ()))
+        if not dims or not self.widest:
+            return list(values)
+        width, fill, left = self.widest[prefix], self.fills[name], self.left[prefix]
+        return [filled(v, dims, width, fill=fill, left=left) for v in values]
 
 
 def _widened_mask(mask: Tensor, missing: int) -> Tensor:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from onlinesel.batch import IGNORED_LABEL, rows_in
+from onlinesel.host import upload
 from onlinesel.kernels import (
     HeadGram,
     JLProjector,
@@ -147,6 +149,7 @@ class CausalLMScorer:
         self._built: dict[str, Any] = {}
         self._fresh: tuple[nn.Module, LMHead] | None = None
         self._age = 0
+        self._capped = False
 
     def advance(self) -> None:
         """Tell the scorer that the optimizer has stepped: what derives from the head is stale."""
@@ -155,7 +158,7 @@ class CausalLMScorer:
 
     def reset(self) -> None:
         """Forget everything that derives from a model, because another run begins."""
-        self._built, self._fresh, self._age = {}, None, 0
+        self._built, self._fresh, self._age, self._capped = {}, None, 0, False
 
     def __call__(
         self,
@@ -165,6 +168,7 @@ class CausalLMScorer:
         core: nn.Module | None = None,
         needs: Sequence[str] | None = None,
         around: AbstractContextManager[Any] | None = None,
+        hosted: Mapping[str, Any] = MappingProxyType({}),
     ) -> Signals:
         """Score one batch.
 
@@ -175,22 +179,28 @@ class CausalLMScorer:
             core: The model inside the wrappers; found through ``.module`` by default.
             needs: Signals wanted this time, by default all of :attr:`needs`.
             around: Entered for the forward of the model itself, and not for that of a reference.
+            hosted: The labels on the host, if they are known there; they are read then without
+                waiting for the device.
 
         Returns:
-            The signals asked for and ``tokens``, on the batch's device.
+            The signals asked for, on the batch's device, and ``tokens``, where the labels are read.
         """
         needs = self.needs if needs is None else needs
         core = unwrap(model) if core is None else core
         rows_in({k: v for k, v in batch.items() if isinstance(v, Tensor)}, "CausalLMScorer")
-        labels = batch["shift_labels"] if "shift_labels" in batch else shift_labels(batch["labels"])
+        read = {**batch, **hosted}
+        labels = read["shift_labels"] if "shift_labels" in read else shift_labels(read["labels"])
         tokens = labels.ne(IGNORED_LABEL).sum(dim=1)
         found: dict[str, Tensor] = {"tokens": tokens}
         own = [n for n in needs if n in _TOKEN_OUTPUTS or n in ("nuclear_norm", "embedding")]
         if own:
+            matrices = [name for name in ("nuclear_norm", "embedding") if name in own]
+            if matrices and not self._capped:  # on its way while the host queues the forward
+                self._derived(core, matrices)
             with around or nullcontext():
                 hidden = self._hidden(model, core, batch)
             found.update(self._token_signals(hidden, core, labels, own))
-            found.update(self._matrix_signals(hidden, core, batch, labels, own))
+            found.update(self._matrix_signals(hidden, core, batch, labels, matrices))
         if "reference_loss" in needs:
             found["reference_loss"] = self._reference_loss(model, core, batch, labels)
         return Signals(**found)
@@ -241,10 +251,13 @@ class CausalLMScorer:
             return built
         with self._head(core, sharded=True) as head:
             if head.softcap is not None:
+                self._capped = True
                 return {"head": head.whole()}
             built["head"] = head.outline()
             if "nuclear_norm" in needs:
-                built["gram"] = HeadGram(built["head"], HeadGram(head).root())
+                gram = HeadGram(head)
+                gram.begin()
+                built["gram"] = gram.outline()
             if "embedding" in needs:
                 built["fold"] = self._make_projector(head).fold(head)
         return built
@@ -275,19 +288,18 @@ class CausalLMScorer:
         labels: Tensor,
         needs: Sequence[str],
     ) -> dict[str, Tensor]:
-        wanted = [name for name in ("nuclear_norm", "embedding") if name in needs]
-        if not wanted:
+        if not needs:
             return {}
         rows = None
         if self._rows == "response":
-            rows = labels.ne(IGNORED_LABEL)
+            rows = upload(labels.ne(IGNORED_LABEL), hidden.device)
         elif self._rows == "attention" and batch.get("attention_mask") is not None:
             rows = batch["attention_mask"].ne(0)
-        built, result = self._derived(core, wanted), {}
+        built, result = self._derived(core, needs), {}
         head = built["head"]
-        if "nuclear_norm" in wanted:
+        if "nuclear_norm" in needs:
             result["nuclear_norm"] = self._nuclear_norm(hidden, head, rows, built.get("gram"))
-        if "embedding" in wanted:
+        if "embedding" in needs:
             compact = self._projector_options.get("compact", True)
             result["embedding"] = self._make_projector(head).project(
                 hidden, built.get("fold", head), rows, compact=compact

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onlinesel._micro import MicroBatches, united
 from onlinesel._places import Place, join, picked, split_evenly
 from onlinesel.batch import (
     count_labels,
     deal,
-    gather_rows,
     label_width,
     mute_rows,
     rows_in,
@@ -61,8 +61,8 @@ class StepPlan:
             rank in step with the others (its labels are -100).
         ids: ``(n,)`` int64 ids of those rows.
         counts: ``(n,)`` labelled tokens of those rows; None where each row is one item.
-        denominator: Scalar ``D`` of the loss contract over all ranks; 1 where nothing has weight,
-            so that the loss is 0 and not 0 / 0.
+        denominator: Scalar ``D`` of the loss contract over all ranks, on the host; 1 where nothing
+            has weight, so that the loss is 0 and not 0 / 0.
         normalize: ``"tokens"``, ``"samples"`` or ``"rows"``.
         decisions: What was decided about which signals, one pair per decision.
         seconds: Time from the candidates to this plan.
@@ -115,7 +115,7 @@ class StepPlan:
 class _Share:
     """What one rank holds of a decided step: its batches (arrivals last) and who goes where."""
 
-    batches: list[Batch]
+    micro: MicroBatches
     ids: list[Tensor]
     weights: list[Tensor]
     parts: list[list[Place]]
@@ -126,7 +126,9 @@ class StepPlanner:
 
     Args:
         selector: Decides.
-        score: ``(batch, needs) -> Signals``, called once per micro-batch if anything is needed.
+        score: ``(batch, needs, hosted) -> Signals``, called once per micro-batch if anything is
+            needed. ``hosted`` has those labels and masks of the batch, on the host, that lie on a
+            device.
         candidates: Candidates per trained row.
         scope: ``"global"``: all candidates of the step compete, over every micro-batch and rank.
             ``"rank"``: those of this rank. ``"batch"``: each micro-batch alone.
@@ -141,7 +143,7 @@ class StepPlanner:
     def __init__(
         self,
         selector: Selector,
-        score: Callable[[Batch, Sequence[str]], Signals],
+        score: Callable[[Batch, Sequence[str], Batch], Signals],
         *,
         candidates: int = 1,
         scope: str = "global",
@@ -167,6 +169,7 @@ class StepPlanner:
         ids: Sequence[Tensor],
         step: int,
         groups: Sequence[Tensor] | None = None,
+        given: Sequence[Batch] | None = None,
     ) -> StepPlan:
         """Decide about the candidates of one step.
 
@@ -175,44 +178,45 @@ class StepPlanner:
             ids: ``(n,)`` int64 ids of their rows; rows of ``FILLER_ID`` are not candidates.
             step: Optimizer step, counted from 0.
             groups: ``(n,)`` int64 source or domain of their rows, for strategies that need it.
+            given: The micro-batches as they were on the host, if the caller has them; else their
+                labels and masks are brought back from the device, in one copy.
         """
         start = time.perf_counter()
+        micro, (ids, kinds) = MicroBatches.of(batches, ids, groups or (), given=given)
         known = [
-            self._known(batch, ids[m], None if groups is None else groups[m])
-            for m, batch in enumerate(batches)
+            self._known(micro.readable(m), ids[m], kinds[m] if kinds else None)
+            for m in range(len(batches))
         ]
         # What needs no score travels while the model scores.
         together = self._scope == "global" and world_size() > 1
         started = begin_gather(join(known), self._device) if together else None
         needs = self._needs(known, started, step)
-        pairs = zip(batches, known, strict=True)
-        signals = [self._scored(batch, part, needs) for batch, part in pairs]
+        signals = self._scored(micro, known, needs)
         if self._scope == "batch":
             chosen = [self._select(s, step) for s in signals]
             decisions = [d for found, _ in chosen for d in found]
             weights = [w for _, w in chosen]
             parts = [[(m, int(r)) for r in w.nonzero()] for m, w in enumerate(weights)]
-            share = _Share(list(batches), list(ids), weights, parts)
+            share = _Share(micro, ids, weights, parts)
         else:
-            decisions, share = self._compete(batches, ids, signals, started, step)
+            decisions, share = self._compete(micro, ids, signals, started, step)
         built = [self._build(share, signals, part) for part in range(len(batches))]
-        new_batches, new_weights, new_ids = (list(column) for column in zip(*built, strict=True))
-        counts = [self._counted(batch) for batch in new_batches]
+        new_batches, counts, new_weights, new_ids = map(list, zip(*built, strict=True))
         total = self._total(decisions, new_weights, counts)
         return StepPlan(
             new_batches,
             new_weights,
             new_ids,
             counts,
-            torch.where(total > 0, total, 1.0).to(self._device, torch.float32),
+            torch.where(total > 0, total, 1.0).to(torch.float32),
             self._normalize,
             decisions,
             time.perf_counter() - start,
             undefined=not float(total) and _all_unscored(decisions, needs),
         )
 
-    def _counted(self, batch: Batch) -> Tensor | None:
-        counts = self._count(batch)
+    def _counted(self, readable: Batch) -> Tensor | None:
+        counts = self._count(readable)
         return None if counts is None else counts.cpu()
 
     def _known(self, batch: Batch, ids: Tensor, groups: Tensor | None) -> Signals:
@@ -225,7 +229,7 @@ class StepPlanner:
                 "The collator merges or splits rows: turn packing and padding-free batches off."
             )
         tokens = torch.ones_like(ids) if counts is None else counts
-        return Signals(ids=ids, tokens=tokens, group=groups).to("cpu")
+        return Signals(ids=ids, tokens=tokens, group=groups)
 
     def _needs(
         self, known: Sequence[Signals], started: Gathering | None, step: int
@@ -242,11 +246,15 @@ class StepPlanner:
         most = max(sizes) if self._scope == "batch" else sum(sizes)
         return strategy.needs_for(step, largest_over_ranks(most, self._device))
 
-    def _scored(self, batch: Batch, known: Signals, needs: Sequence[str]) -> Signals:
-        wanted = [name for name in needs if name not in known.present()]
+    def _scored(
+        self, micro: MicroBatches, known: Sequence[Signals], needs: Sequence[str]
+    ) -> list[Signals]:
+        """Score all micro-batches, and bring their scores to the host in one copy."""
+        wanted = [name for name in needs if name not in known[0].present()]
         if not wanted:
-            return known
-        return Signals(**(self._score(batch, wanted).to("cpu").present() | known.present()))
+            return list(known)
+        pairs = zip(micro.batches, micro.hosted, strict=True)
+        return united([self._score(batch, wanted, part) for batch, part in pairs], known)
 
     def _select(self, signals: Signals, step: int) -> tuple[list[Decision], Tensor]:
         """Decide about the rows that are candidates; returns the weights of all rows as well."""
@@ -279,7 +287,7 @@ class StepPlanner:
 
     def _compete(
         self,
-        batches: Sequence[Batch],
+        micro: MicroBatches,
         ids: Sequence[Tensor],
         signals: Sequence[Signals],
         started: Gathering | None,
@@ -298,7 +306,7 @@ class StepPlanner:
         if len(counts) == 1:  # nothing travels
             rows = [places[row] for row in weights.nonzero().flatten().tolist()]
             shared = list(weights.split(sizes))
-            return decisions, _Share(list(batches), list(ids), shared, split_evenly(rows, signals))
+            return decisions, _Share(micro, list(ids), shared, split_evenly(rows, signals))
         me = rank()
         first = sum(counts[:me])
         kept = weights.nonzero().flatten()
@@ -306,42 +314,44 @@ class StepPlanner:
         targets = deal(holders, len(counts))
         mine = [places[int(row) - first] for row in kept[holders == me]]
         arrived, positions = exchange_rows(
-            batches, mine, holders, targets, pad_id=self._pad_id, device=self._device
+            micro.batches, mine, holders, targets, pad_id=self._pad_id, device=self._device
         )
-        came = {k: (len(batches), i) for i, k in enumerate(positions)}
+        came = {k: (len(signals), i) for i, k in enumerate(positions)}
         rows = [
             came[k] if k in came else places[int(kept[k]) - first]
             for k in (targets == me).nonzero().flatten().tolist()
         ]
         own = weights[first : first + local.size]
-        share = _Share(
-            list(batches),
-            list(ids),
-            list(own.split(sizes)),
-            split_evenly(rows, signals),
-        )
+        share = _Share(micro, list(ids), list(own.split(sizes)), split_evenly(rows, signals))
         if arrived is not None:
-            share.batches.append(arrived)
+            micro.append(arrived)
             share.ids.append(pool.row_ids()[kept[positions]])
             share.weights.append(weights[kept[positions]])
         return decisions, share
 
     def _build(
         self, share: _Share, signals: Sequence[Signals], part: int
-    ) -> tuple[Batch, Tensor, Tensor]:
-        """Make one micro-batch, or a silent one-row batch where nothing is left for it."""
+    ) -> tuple[Batch, Tensor | None, Tensor, Tensor]:
+        """Make one micro-batch, or a silent one-row batch where nothing is left for it.
+
+        Returns:
+            The micro-batch, the labelled tokens of its rows, their weights and ids.
+        """
         rows = share.parts[part]
         if not rows:
             # No rank may skip a forward. A row whose scores are finite cannot poison the zero.
             m, r = self._filler(signals)
-            batch = gather_rows(share.batches, [(m, r)], pad_id=self._pad_id)
-            if self._mute and self._count(batch) is not None:
-                batch = mute_rows(batch, torch.tensor([True]))
-            return batch, torch.zeros(1), signals[m].row_ids()[[r]]
+            batch, readable = share.micro.gathered([(m, r)], self._pad_id)
+            counts = self._counted(readable)
+            if self._mute and counts is not None:
+                batch, counts = mute_rows(batch, torch.tensor([True])), torch.zeros_like(counts)
+            return batch, counts, torch.zeros(1), signals[m].row_ids()[[r]]
         if rows == [(part, r) for r in range(signals[part].size)]:
-            return dict(share.batches[part]), share.weights[part], share.ids[part].cpu()
-        weights, ids = picked(share.weights, rows), picked([i.cpu() for i in share.ids], rows)
-        return gather_rows(share.batches, rows, pad_id=self._pad_id), weights, ids
+            counts = self._counted(share.micro.readable(part))
+            return dict(share.micro.batches[part]), counts, share.weights[part], share.ids[part]
+        weights, ids = picked(share.weights, rows), picked(share.ids, rows)
+        batch, readable = share.micro.gathered(rows, self._pad_id)
+        return batch, self._counted(readable), weights, ids
 
     @staticmethod
     def _filler(signals: Sequence[Signals]) -> Place:
@@ -364,7 +374,7 @@ class StepPlanner:
             whole = [(d.weights, None if counts[0] is None else s.tokens) for s, d in decisions]
             return _sum(whole, self._normalize)
         total = _sum(zip(weights, counts, strict=True), self._normalize)
-        return sum_over_ranks(total.to(self._device))
+        return sum_over_ranks(total.to(self._device)).cpu() if world_size() > 1 else total
 
 
 def _all_unscored(decisions: Sequence[Decision], needs: Sequence[str]) -> bool:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from onlinesel.host import upload
+
 __all__ = [
     "Weighing",
     "draw_rows",
@@ -182,9 +184,9 @@ class Weighing:
         losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
         if self.observe is not None:
             self.observe(self._row_means(losses.detach(), mask))
-        weights = self.weights.to(losses)
+        weights = upload(self.weights, losses.device).to(losses)
         if self.counts is not None:
-            counts = self.counts.to(losses)
+            counts = upload(self.counts, losses.device).to(losses)
             if losses.dim() == 2 and self.normalize != "tokens":
                 weights = weights / counts.clamp(min=1)
             elif losses.dim() == 1:
@@ -195,7 +197,8 @@ class Weighing:
             alive, weights = alive[:, None], weights[:, None]
             alive = alive if mask is None else alive & mask
         summed = torch.where(alive, losses * weights, 0.0).sum()
-        divisor = self.denominator.to(summed).clamp(min=torch.finfo(summed.dtype).tiny)
+        divisor = upload(self.denominator, losses.device).to(summed)
+        divisor = divisor.clamp(min=torch.finfo(summed.dtype).tiny)
         loss = summed / divisor * self.factor
         return loss + torch.nan if self.undefined else loss
 
@@ -230,7 +233,7 @@ class Weighing:
             return losses
         assert self.counts is not None
         kept = losses if mask is None else torch.where(mask, losses, 0.0)
-        return kept.sum(dim=1) / self.counts.to(losses)
+        return kept.sum(dim=1) / upload(self.counts, losses.device).to(losses)
 
 
 _at_hand: ContextVar[Weighing | None] = ContextVar("onlinesel_weighing", default=None)

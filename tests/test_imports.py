@@ -40,8 +40,9 @@ METHOD = ("onlinesel.types", "onlinesel.weights", "onlinesel.ledger", "onlinesel
 MAY_IMPORT = {
     "onlinesel": BLIND,
     "onlinesel.types": (),
-    "onlinesel.weights": ("onlinesel.types",),
-    "onlinesel.kernels": ("onlinesel.kernels",),
+    "onlinesel.weights": ("onlinesel.types", "onlinesel.host"),
+    "onlinesel.host": (),
+    "onlinesel.kernels": ("onlinesel.kernels", "onlinesel.host"),
     "onlinesel.strategies": (*METHOD, "onlinesel.rl", "onlinesel.strategies"),
     "onlinesel.rl": (*METHOD, "onlinesel.rl"),
     "onlinesel._contract": ("onlinesel.types",),

@@ -38,7 +38,7 @@ class TopIds(Strategy):
         return Selection((ids >= ids.sort().values[-keep]).float()), state
 
 
-def no_scores(batch: Any, needs: Any) -> Signals:
+def no_scores(batch: Any, needs: Any, hosted: Any) -> Signals:
     raise AssertionError(f"nothing was needed, yet {needs} were scored")
 
 
@@ -123,7 +123,7 @@ def test_the_filler_is_a_row_that_is_finite() -> None:
     class Needy(Fixed):
         needs = ("loss",)
 
-    def score(batch: Any, needs: Any) -> Signals:
+    def score(batch: Any, needs: Any, hosted: Any) -> Signals:
         return Signals(loss=torch.tensor([float("nan"), 2.0]))
 
     batches, ids = make_step([[3, 4]])

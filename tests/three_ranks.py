@@ -255,7 +255,7 @@ def all_ranks_score_or_none_does(me: int) -> None:
     ):  # fmt: skip
         forwards = []
 
-        def score(batch: Any, needs: Any, forwards: list[int] = forwards) -> Signals:
+        def score(batch: Any, needs: Any, _: Any, forwards: list[int] = forwards) -> Signals:
             forwards.append(len(batch["input_ids"]))
             return Signals(loss=batch["input_ids"][:, 0].float())
 

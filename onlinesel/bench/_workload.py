@@ -159,7 +159,7 @@ class Rehearsal:
         first = self.rank * self.work.size
         return self._pool.take(torch.arange(first, first + self.work.size))
 
-    def _score(self, batch: Any, needs: Sequence[str]) -> Signals:
+    def _score(self, batch: Any, needs: Sequence[str], hosted: Any) -> Signals:
         if self._scoring is not None:
             self._scoring()
         return Signals(**{name: getattr(self._mine(), name) for name in needs})

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from onlinesel.host import upload
 from onlinesel.kernels._checks import check_hidden
 from onlinesel.kernels.head import LMHead
 
@@ -50,7 +51,8 @@ def take_tokens(
         owner: Who asks, for errors.
         hidden: ``(..., d)``.
         head: Its hidden size and dtypes count.
-        labels: ``(...)`` integer.
+        labels: ``(...)`` integer, on the device of ``hidden`` or on the host, where they are read
+            without a wait.
         temperature: A number, a scalar tensor, ``(...)``, or None.
         ignore_index: Label value of the tokens to leave out.
         padded: Keep every token, so that no shape depends on a value and nothing waits for the
@@ -59,6 +61,8 @@ def take_tokens(
     """
     check_hidden(owner, head, hidden)
     _check_labels(owner, hidden, labels)
+    device = hidden.device
+    labels = upload(labels, device) if padded else labels
     inverse = inverse_temperature(owner, temperature, labels, head.accumulation_dtype(hidden))
     mask = labels != ignore_index
     states, targets = hidden.reshape(-1, head.hidden_size), labels.reshape(-1).long()
@@ -69,13 +73,16 @@ def take_tokens(
             invalid = invalid | ~(inverse > 0) | torch.isinf(inverse)
         return Tokens(mask, None, states, targets, inverse, invalid)
     kept = mask.reshape(-1).nonzero().squeeze(1)
-    if kept.numel() == targets.numel():
-        tokens = Tokens(mask, None, states, targets, inverse, None)
-    else:
-        inverse = None if inverse is None else inverse[kept]
-        tokens = Tokens(mask, kept, states[kept], targets[kept], inverse, None)
-    _check_values(owner, tokens, temperature, vocab)
-    return tokens
+    whole = kept.numel() == targets.numel()
+    if not whole:
+        targets, inverse = targets[kept], None if inverse is None else inverse[kept]
+    _check_values(owner, targets, inverse, temperature, vocab)
+    mask, targets = upload(mask, device), upload(targets, device)
+    inverse = None if inverse is None else upload(inverse, device)
+    if whole:
+        return Tokens(mask, None, states, targets, inverse, None)
+    kept = upload(kept, device)
+    return Tokens(mask, kept, states[kept], targets, inverse, None)
 
 
 def put_back(values: Tensor, tokens: Tokens) -> Tensor:
@@ -119,21 +126,25 @@ def _check_labels(owner: str, hidden: Tensor, labels: Tensor) -> None:
 
 
 def _check_values(
-    owner: str, tokens: Tokens, temperature: Tensor | float | None, vocab: int
+    owner: str,
+    targets: Tensor,
+    inverse: Tensor | None,
+    temperature: Tensor | float | None,
+    vocab: int,
 ) -> None:
     """Refuse labels outside the vocabulary, which would score another token silently."""
-    if tokens.targets.numel() == 0:
+    if targets.numel() == 0:
         return
-    low, high = (int(bound) for bound in torch.aminmax(tokens.targets))
+    low, high = torch.stack(torch.aminmax(targets)).tolist()
     if low < 0 or high >= vocab:
         raise ValueError(
             f"{owner}: labels must be in [0, {vocab}) or ignore_index, got a label "
             f"{low if low < 0 else high}. Check the tokenizer, or mark the token ignored."
         )
-    if isinstance(temperature, Tensor) and tokens.inverse is not None:
-        bad = ~(tokens.inverse > 0) | torch.isinf(tokens.inverse)
+    if isinstance(temperature, Tensor) and inverse is not None:
+        bad = ~(inverse > 0) | torch.isinf(inverse)
         if bool(bad.any()):
-            found = float(tokens.inverse[bad][0].reciprocal())
+            found = float(inverse[bad][0].reciprocal())
             raise ValueError(_temperature_error(owner, found))
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from onlinesel.host import Arriving
 from onlinesel.kernels._columns import merge_columns, sum_over_vocabulary
 from onlinesel.kernels._product import full_precision
 from onlinesel.kernels.head import LMHead
@@ -48,6 +49,7 @@ class HeadGram:
     def __init__(self, head: LMHead, root: Tensor | None = None) -> None:
         self._head = head
         self._root = root
+        self._begun: _Factoring | None = None
         self._base: Tensor | None = None
 
     @property
@@ -64,7 +66,7 @@ class HeadGram:
             head: The head to use from now on: a new object, or this one after its frozen base has
                 changed all the same (loaded, or merged with adapters).
         """
-        self._root = None
+        self._root = self._begun = None
         if head is not None:
             self._head, self._base = head, None
 
@@ -110,6 +112,27 @@ class HeadGram:
 
         return inner.register_step_post_hook(after)
 
+    def begin(self) -> None:
+        """Start to compute ``R``, for which :meth:`root` then need not wait for other work.
+
+        On a GPU the host must know whether the factorisation succeeded. What is queued between the
+        two calls is not waited for.
+        """
+        if self._root is not None or self._begun is not None:
+            return
+        head = self._head
+        with full_precision(head.device):
+            apart = _gram(head, self._base)
+            if head.frozen:
+                self._base = apart[: head.hidden_size, : head.hidden_size]
+            self._begun = _Factoring(merge_columns(head, merge_columns(head, apart).T))
+
+    def outline(self) -> HeadGram:
+        """Return the factor, as far as it is, with an outline of its head, which has no memory."""
+        found = HeadGram(self._head.outline(), self._root)
+        found._begun = self._begun
+        return found
+
     def root(self) -> Tensor:
         """Return ``R``, computing it on the first call.
 
@@ -118,14 +141,10 @@ class HeadGram:
             float64 for a float64 weight. Without the scale of the head.
         """
         if self._root is None:
-            head = self._head
-            dtype = torch.promote_types(head.weight.dtype, torch.float32)
-            with full_precision(head.device):
-                apart = _gram(head, self._base)
-                if head.frozen:
-                    self._base = apart[: head.hidden_size, : head.hidden_size]
-                merged = merge_columns(head, merge_columns(head, apart).T)
-                self._root = _factor(merged).to(dtype)
+            self.begin()
+            assert self._begun is not None
+            dtype = torch.promote_types(self._head.weight.dtype, torch.float32)
+            self._root, self._begun = self._begun.root().to(dtype), None
         return self._root
 
 
@@ -151,14 +170,24 @@ def _gram(head: LMHead, base: Tensor | None) -> Tensor:
     return torch.cat((torch.cat((base, total[:known].T)), total), 1)
 
 
-def _factor(matrix: Tensor) -> Tensor:
-    """Return ``R`` with ``R^T R = matrix`` (positive semidefinite, float64)."""
-    lower, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) == 0:
-        return lower.T
-    if not bool(torch.isfinite(matrix).all()):
-        return torch.full_like(matrix, torch.nan)
-    # Fewer independent vocabulary entries than hidden units. Rare and once per weight version, so
-    # it runs on the CPU, whose solver is the reliable one.
-    values, vectors = torch.linalg.eigh(matrix.cpu())
-    return (values.clamp(min=0.0).sqrt().unsqueeze(1) * vectors.T).to(matrix.device)
+class _Factoring:
+    """A Cholesky factorisation of a positive semidefinite float64 matrix, on its way."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix = matrix
+        self._lower, info = torch.linalg.cholesky_ex(matrix)
+        self._info = Arriving(info)
+
+    def root(self) -> Tensor:
+        """Return ``R`` with ``R^T R`` equal to the matrix."""
+        matrix = self._matrix
+        if int(self._info.get()) == 0:
+            return self._lower.T
+        if not bool(torch.isfinite(matrix).all()):
+            return torch.full_like(matrix, torch.nan)
+        # Fewer independent vocabulary entries than hidden units. Rare and once per weight version,
+        # so it runs on the CPU, whose solver is the reliable one.
+        with torch.no_grad():
+            values, vectors = torch.linalg.eigh(matrix.cpu())
+            root = values.clamp(min=0.0).sqrt().unsqueeze(1) * vectors.T
+        return root.to(matrix.device)

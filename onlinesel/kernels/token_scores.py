@@ -126,7 +126,8 @@ def token_scores(
     Args:
         hidden: ``(..., d)`` states that enter the head.
         head: The LM head.
-        labels: ``(...)`` integer, already aligned with ``hidden`` (see :func:`shift_labels`).
+        labels: ``(...)`` integer, already aligned with ``hidden`` (see :func:`shift_labels`). Where
+            they are on the host, nothing waits for the device.
         outputs: The fields to compute, any of nll, entropy, el2n, sum_sq, margin, top1.
         temperature: Divides the logits: a number, or one per label, positive. None for 1.
         ignore_index: Label value of the tokens to leave out.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -15,8 +16,9 @@ import torch
 from onlinesel.bench import _waits
 from onlinesel.bench._measure import in_fresh_process
 from onlinesel.bench._waits import HostWaits, Wait
+from onlinesel.recipes import _bench_waits
 from onlinesel.recipes._bench_trainer import StepSizes
-from onlinesel.recipes._bench_waits import beyond_plain, count_waits
+from onlinesel.recipes._bench_waits import beyond_plain
 from tests.bench.simulated_kinds import GOING_ON, WAITING, recorded, trained
 
 
@@ -121,17 +123,38 @@ def test_what_the_plain_step_waits_for_is_not_beyond_it() -> None:
 
 
 @pytest.mark.slow
-def test_a_selected_step_is_compared_with_a_plain_one() -> None:
-    found = count_waits(StepSizes("tiny", rows=1, tokens=8, device="cpu"), "TopLoss")
-    assert json.loads(json.dumps(found)) == found
-    assert (found["device"], found["strategy"]) == ("simulated:0", "TopLoss")
-    for rows in found["rows"].values():
-        # Two or three columns come to the device, the loss is asked for nan and inf, and the
-        # model looks at its mask: all of that is the plain trainer's.
-        assert rows["plain"] >= 5 and rows["beyond"] == rows["selected"] - rows["plain"] > 0
-        assert rows["selected"] == sum(line["count"] for line in rows["lines"])
-        ours = [line for line in rows["lines"] if line["line"].startswith("onlinesel.")]
-        assert ours and all(line["beyond"] == line["count"] for line in ours)
+def test_what_is_left_beyond_a_plain_step_is_documented() -> None:
+    cases = [
+        StepSizes("tiny", rows=2, tokens=16, accumulate=times, device="cpu", strategy=strategy)
+        for strategy in ("TopLoss", "UDS")
+        for times in (1, 2)
+    ]
+    found = in_fresh_process(_bench_waits._simulated, cases)
+    assert json.loads(json.dumps(found)) == found and found[0]["device"] == "simulated:0"
+    left, counted = set(), []
+    for case in found:
+        for rows in case["rows"].values():
+            assert rows["selected"] == sum(line["count"] for line in rows["lines"])
+            assert rows["beyond"] == rows["selected"] - rows["plain"]
+            extra = [line for line in rows["lines"] if line["beyond"]]
+            left |= {(line["through"], line["kind"]) for line in extra}
+            ours = [line for line in extra if line["line"].startswith("onlinesel.")]
+            assert [(line["function"], line["beyond"]) for line in ours] == [("united", 1)]
+        counted.append([case["rows"][kind]["beyond"] for kind in ("full", "padded")])
+    text = (Path(__file__).parents[2] / "docs/waits.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if "|" in line
+    ]
+    table = rows[[row[0] for row in rows].index("through") + 2 :]
+    listed = {
+        (row[0].strip("`"), row[1]) for row in table if len(row) == 4 and "onlinesel." in row[0]
+    }
+    assert listed == left
+    assert [
+        [int(x) for x in row[2:]] for row in rows if row[0] in ("`TopLoss`", "`UDS`")
+    ] == counted
 
 
 @pytest.mark.gpu

@@ -37,7 +37,7 @@ def test_a_step_is_undefined_where_all_its_scores_are(good: list[list[bool]], sc
     batches, ids = make_step([[3] * len(part) for part in good])
     scores = iter(good)
 
-    def score(batch: Any, needs: Any) -> Signals:
+    def score(batch: Any, needs: Any, hosted: Any) -> Signals:
         return Signals(loss=torch.tensor([1.0 if ok else math.inf for ok in next(scores)]))
 
     plan = StepPlanner(Selector(Finite()), score, scope=scope).plan(batches, ids, step=0)

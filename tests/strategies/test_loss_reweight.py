@@ -225,7 +225,7 @@ def test_a_row_without_labels_has_no_weight_without_losses_either() -> None:
 def test_a_step_with_too_few_rows_pays_for_no_scores(rows: int, forwards: int) -> None:
     scored = []
 
-    def score(batch: Any, needs: Any) -> Signals:
+    def score(batch: Any, needs: Any, hosted: Any) -> Signals:
         scored.append(batch)
         return Signals(loss=batch["input_ids"][:, 0].float())
 
