@@ -7,9 +7,13 @@ import torch
 
 from onlinesel.bench._measure import in_fresh_process
 from onlinesel.host import Arriving, host_columns, to_host, upload
+from tests.bench.simulated_kinds import SIMULATES
 from tests.simulated_plans import CASES, copies, plans
 
+simulated = pytest.mark.skipif(not SIMULATES, reason="torch takes no device written in Python")
 
+
+@simulated
 @pytest.mark.slow
 def test_a_plan_is_the_same_wherever_its_batches_are() -> None:
     for case, found in zip(CASES, in_fresh_process(plans), strict=True):
@@ -19,6 +23,7 @@ def test_a_plan_is_the_same_wherever_its_batches_are() -> None:
         assert (found["device waits"], found["known waits"]) == (2, 1), case
 
 
+@simulated
 def test_copies_bring_the_values_and_wait_as_often_as_they_say() -> None:
     found = in_fresh_process(copies)
     waits = {name: value for name, value in found.items() if name.endswith("waits")}

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import backend_registration
 
 from onlinesel.bench._simulated import simulation
 from onlinesel.bench._waits import HostWaits
+
+SIMULATES = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
 Call = Callable[[Tensor, torch.device], Any]
 

@@ -19,7 +19,9 @@ from onlinesel.bench._waits import HostWaits, Wait
 from onlinesel.recipes import _bench_waits
 from onlinesel.recipes._bench_trainer import StepSizes
 from onlinesel.recipes._bench_waits import beyond_plain
-from tests.bench.simulated_kinds import GOING_ON, WAITING, recorded, trained
+from tests.bench.simulated_kinds import GOING_ON, SIMULATES, WAITING, recorded, trained
+
+simulated = pytest.mark.skipif(not SIMULATES, reason="torch takes no device written in Python")
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +29,19 @@ def kinds() -> dict[str, list[str]]:
     return in_fresh_process(recorded)
 
 
+@simulated
 @pytest.mark.parametrize("name", WAITING)
 def test_each_kind_of_wait_is_seen_once(kinds: dict[str, list[str]], name: str) -> None:
     assert kinds[name] == WAITING[name][1]
 
 
+@simulated
 @pytest.mark.parametrize("name", GOING_ON)
 def test_what_does_not_wait_is_not_counted(kinds: dict[str, list[str]], name: str) -> None:
     assert kinds[name] == []
 
 
+@simulated
 def test_the_simulated_device_computes_what_the_host_does() -> None:
     host, device, refused = in_fresh_process(trained)
     assert host == device and host[0][0][0] != -1
@@ -122,6 +127,7 @@ def test_what_the_plain_step_waits_for_is_not_beyond_it() -> None:
     ]
 
 
+@simulated
 @pytest.mark.slow
 def test_what_is_left_beyond_a_plain_step_is_documented() -> None:
     cases = [
