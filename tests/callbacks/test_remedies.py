@@ -158,7 +158,7 @@ def test_a_column_that_nearly_fits_is_asked_about(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"scope": "planet"}, "scope must be one of global, rank, batch, got 'planet'. With 'glob"),
-        ({"normalize": "mean"}, "normalize must be 'tokens', 'samples' or None, got 'mean'. 'toke"),
+        ({"normalize": "mean"}, "normalize must be 'tokens', 'samples', 'rows' or None, got 'me"),
         ({"candidates": 2.0}, "candidates must be an integer >= 1, got 2.0. Use 1 to weigh"),
         ({"candidates": True}, "candidates must be an integer >= 1, got True. Use 1 to weigh"),
     ],
