@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
+from onlinesel._datasets import check_size
 from onlinesel._words import did_you_mean
-from onlinesel.agreement import check_settings
+from onlinesel.agreement import check_scorer, check_settings
 from onlinesel.callbacks._hosts import is_other_trl, right_callback
+from onlinesel.callbacks._loss import may_shift
 from onlinesel.callbacks._precision import warn_slow_bfloat16
 from onlinesel.callbacks._versions import check_version
 from onlinesel.distributed import world_size
@@ -128,7 +130,7 @@ def check_trainer(
     candidates: int,
     weighs: bool,
     shadow: bool,
-    default_scorer: bool,
+    scorer: Any,
     reference: nn.Module | str | None,
     groups: str | None,
 ) -> None:
@@ -150,7 +152,7 @@ def check_trainer(
         (getattr(trainer, "padding_free", False), "padding_free", "off", True,
          "A flattened batch has no rows to choose. Set packing=False and padding_free=False in "
          "SFTConfig, or pack with packing_strategy='wrapped' to choose whole packed rows."),
-        (not getattr(trainer, "_loss_shifts_labels", True), "model",
+        (not may_shift(trainer), "model",
          "one whose loss is the shifted causal one", type(trainer.model).__name__,
          "Rows of masked, sequence-to-sequence and classification models are not scored here."),
         (getattr(trainer, "loss_is_scaled_for_ga", None) is False,  # from transformers 5.19 on
@@ -168,8 +170,9 @@ def check_trainer(
             refuse(argument, rule, got, remedy)
     _check_data(trainer, strategy, candidates, shadow)
     warn_slow_bfloat16("OnlineSelection", args)
-    if default_scorer:
+    if scorer is None:
         _check_model(trainer, strategy, reference, groups)
+    check_scorer("OnlineSelection", "scorer", strategy, scorer)
 
 
 def _check_kind(trainer: Any) -> None:
@@ -238,11 +241,11 @@ def _check_data(trainer: Any, strategy: Strategy, candidates: int, shadow: bool)
             "train_dataset", "a dataset with a length for an epoch plan", "a stream",
             "Use a map-style dataset.",
         )  # fmt: skip
-    wanted = args.train_batch_size * candidates * args.world_size
-    if size is not None and args.dataloader_drop_last and size < wanted:
-        refuse(
-            "train_dataset", f"at least one batch of {wanted} candidates", f"{size} rows",
-            "Lower candidates or the batch size, or set dataloader_drop_last=False.",
+    if size is not None and planned is None:
+        check_size(
+            "OnlineSelection", size, accumulate=1, drops_last=args.dataloader_drop_last,
+            micro_batch=args.train_batch_size * candidates * args.world_size,
+            names=("candidates", "dataloader_drop_last"),
         )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from accelerate.data_loader import DataLoaderShard
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 
+from onlinesel._datasets import DataFacts
 from onlinesel.callbacks import _attach
 from onlinesel.callbacks._hf_batches import only_moves
 from onlinesel.rows import ROW_ID, CarryColumns, NumberedRows, PlanSampler
@@ -117,6 +118,7 @@ class TrainingData:
         self._plan, self._given = plan, sampler
         self._fresh = None if sampler is None else sampler.state_dict()
         self._behind: dict[str, Any] | None = None
+        self._known = DataFacts.of(trainer.train_dataset)
         self.begin(None)
 
     def begin(self, facts: dict[str, Any] | None) -> None:
@@ -136,6 +138,13 @@ class TrainingData:
         """
         trainer, dataset = self._trainer, self._trainer.train_dataset
         whole = dataset
+        found = self._known.difference(dataset)
+        if found is not None:
+            _attach.refuse(
+                "train_dataset", "the one that the trainer had when it was wrapped", found,
+                "Its columns and rows are known by then: call detach(), and attach the callback to "
+                "the trainer with its new dataset.",
+            )  # fmt: skip
         self._sampler = self._given
         build_sampler = trainer._get_train_sampler
         with _attach.overridden(trainer, {"_signature_columns": trainer._signature_columns}):

@@ -21,7 +21,7 @@ from onlinesel.distributed import world_size
 from onlinesel.loader import CandidateLoader, Candidates
 from onlinesel.order import torch_loader
 
-__all__ = ["Stream", "Token", "Window", "check_loader", "check_window", "refuse"]
+__all__ = ["Stream", "Token", "Window", "check_loader", "check_window", "follow", "refuse"]
 
 
 def refuse(argument: str, rule: str, got: object, remedy: str) -> NoReturn:
@@ -183,6 +183,28 @@ def check_loader(trainer: Any, loader: Any, order: Any) -> None:
             "All rows of its dataset are dealt to the ranks. Where each rank has a dataset of its "
             "own, give it a sampler of your own and ids= of a column that is unique over ranks.",
         )  # fmt: skip
+
+
+def follow(reader: CandidateLoader, before: Stream | None) -> CandidateLoader:
+    """Let a second fit of one trainer begin another epoch of the same data.
+
+    Args:
+        reader: Of the loader of this fit.
+        before: What the fit before has read, None if there was none.
+    """
+    if before is None:
+        return reader
+    old = before.reader.data
+    if reader.data is not None and old is not None:
+        found = old.difference(reader.data.dataset, alike=True)
+        if found is not None:
+            refuse(
+                "train_dataloader", "over the dataset of this trainer's fit before", found,
+                "Rows are known by their number: make a new Trainer with a new OnlineSelection.",
+            )  # fmt: skip
+    reader.load_state_dict(before.reader.state_dict())
+    reader.end_epoch()
+    return reader
 
 
 def check_window(window: Window, size: int, ready: int) -> None:

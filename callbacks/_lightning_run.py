@@ -13,7 +13,6 @@ from onlinesel.callbacks._lightning_data import refuse
 from onlinesel.callbacks._versions import check_version
 from onlinesel.distributed import world_size
 from onlinesel.scoring import evaluating
-from onlinesel.step import StepPlan
 
 __all__ = [
     "begin_epoch",
@@ -22,7 +21,6 @@ __all__ = [
     "engine_of",
     "gradient_factor",
     "move_progress",
-    "needs_weighted_mean",
     "through_strategy",
 ]
 
@@ -109,17 +107,6 @@ def gradient_factor(trainer: Any, accumulate: int) -> float:
     if engine is not None:
         factor *= engine.gradient_accumulation_steps()
     return float(factor)
-
-
-def needs_weighted_mean(plan: StepPlan, accumulate: int) -> bool:
-    """Whether the mean over a micro-batch would be another loss than the planned one.
-
-    It is the same only where one micro-batch of one rank is the whole step. On several ranks no
-    rank alone could tell.
-    """
-    if world_size() > 1 or accumulate > 1 or bool((plan.weights[0] != 1).any()):
-        return True
-    return plan.normalize != "tokens" and plan.counts[0] is not None
 
 
 def move_progress(progress: Any, behind: int) -> None:

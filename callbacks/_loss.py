@@ -13,7 +13,15 @@ from torch.nn.functional import cross_entropy, pad
 from onlinesel.host import upload
 from onlinesel.step import StepPlan
 
-__all__ = ["UNDEFINED", "WEIGHTS", "LossTap", "as_undefined", "put_weights", "tapped_loss"]
+__all__ = [
+    "UNDEFINED",
+    "WEIGHTS",
+    "LossTap",
+    "as_undefined",
+    "put_weights",
+    "may_shift",
+    "tapped_loss",
+]
 
 WEIGHTS = "onlinesel_weights"
 """Batch key of the ``(N,)`` factors of the rows' summed token losses."""
@@ -143,3 +151,23 @@ def tapped_loss(model: nn.Module, tap: LossTap, *, fused: bool) -> Iterator[None
             )
     finally:
         undo()
+
+
+def may_shift(trainer: Any) -> bool:
+    """Return whether a trainer's loss may be the shifted causal one.
+
+    Its first batch will tell; what it computes from logits without a model is known before.
+    """
+    model: Any = trainer.model
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    function = getattr(model, "loss_function", None)
+    if function is None or trainer.compute_loss_func is not None:
+        return True
+    try:
+        # The first token is labelled, which nothing predicts.
+        loss = float(function(torch.zeros(1, 2, 3), torch.tensor([[1, -100]]), vocab_size=3))
+    except Exception:  # noqa: BLE001  # takes something else than logits and labels of tokens
+        return False
+    return not 0.0 < loss < float("inf")

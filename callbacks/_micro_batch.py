@@ -7,9 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from onlinesel.callbacks._replay import HeldRows, Replay
+from onlinesel.distributed import world_size
+from onlinesel.step import StepPlan
 from onlinesel.weights import Weighing
 
-__all__ = ["MicroBatch"]
+__all__ = ["MicroBatch", "needs_weighted_mean"]
 
 
 class MicroBatch:
@@ -22,19 +24,28 @@ class MicroBatch:
         last: Whether it is the last of its optimizer step.
         weighing: Turns the losses of its rows into its part of the step's loss.
         used: Whether it has.
+        begun: Whether the loop has asked for it.
+        read: Whether the loop has read its weights.
         value: Its part of the step's loss, detached, once :meth:`loss` was called.
     """
 
     weighing: Weighing
 
     def __init__(self, batch: Any, ids: Tensor, weights: Tensor, last: bool) -> None:
-        self.batch, self.ids, self.weights, self.last = batch, ids, weights, last
-        self.used = False
+        self.batch, self.ids, self._weights, self.last = batch, ids, weights, last
+        self.used = self.begun = self.read = False
         self.value: Tensor | None = None
         self._held: HeldRows | None = None
 
+    @property
+    def weights(self) -> Tensor:
+        """The rows' weights; who reads them weighs by hand."""
+        self.read = True
+        return self._weights
+
     def training(self) -> Replay:
         """Return what its one training forward must run in."""
+        self.begun = True
         held, self._held = self._held, None
         return Replay(held)
 
@@ -54,3 +65,14 @@ class MicroBatch:
         loss = self.weighing(losses, mask)
         self.value = loss.detach() / self.weighing.factor
         return loss
+
+
+def needs_weighted_mean(plan: StepPlan, accumulate: int) -> bool:
+    """Whether the mean over a micro-batch would be another loss than the planned one.
+
+    It is the same only where one micro-batch of one rank is the whole step. On several ranks no
+    rank alone could tell.
+    """
+    if world_size() > 1 or accumulate > 1 or bool((plan.weights[0] != 1).any()):
+        return True
+    return plan.normalize != "tokens" and plan.counts[0] is not None

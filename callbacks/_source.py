@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from onlinesel.agreement import check_arguments, check_candidates, check_settings
-from onlinesel.batch import count_labels, is_causal
+from onlinesel.agreement import (
+    check_arguments,
+    check_candidates,
+    check_scorer,
+    check_settings,
+)
+from onlinesel.batch import is_causal
 from onlinesel.callbacks._announce import epoch_steps, opening
+from onlinesel.callbacks._labels import LabelRule, ask_model
 from onlinesel.callbacks._meter import StepMeter
 from onlinesel.callbacks._micro_batch import MicroBatch
 from onlinesel.callbacks._replay import HELD, SCORER, check_limit
@@ -22,6 +28,7 @@ from onlinesel.callbacks._replay import refuse as refuse_reuse
 from onlinesel.columns import map_tensors
 from onlinesel.distributed import gather_signals, rank, world_size
 from onlinesel.loader import CandidateLoader, Candidates
+from onlinesel.loss_probe import LossFacts, Probe, differs
 from onlinesel.report.runlog import RunLog
 from onlinesel.rows import FILLER_ID
 from onlinesel.scoring import CausalLMScorer, evaluating, unwrap
@@ -80,6 +87,7 @@ class StepSource:
         self.normalize = self.strategy.normalize if normalize is None else normalize
         self.ids, self.groups, self.order = ids, groups, order
         check_arguments(owner, candidates, scope, self.normalize)
+        check_scorer(owner, "score", self.strategy, score)
         self._score, self._reference = score, reference
         self._needs = [n for n in self.strategy.needs if n not in ("ids", "tokens", "group")]
         self._default: CausalLMScorer | None = None
@@ -141,6 +149,7 @@ class StepSource:
         self._core = unwrap(model) if core is None else core
         self._call = call or (lambda function, model: function(model))
         self._check_scorer()
+        self._labels = LabelRule()
         if self._reuse_wanted:
             from onlinesel.callbacks._reuse import ReusedForward  # needs transformers
 
@@ -161,7 +170,7 @@ class StepSource:
         self._planner = StepPlanner(
             self.selector, self._signals, candidates=self.candidates, scope=self.scope,
             normalize=self.normalize, pad_id=pad_id, device=self.device,
-            count=lambda batch: count_labels(batch) if is_causal(batch) else None, mute=False,
+            count=self._labels.count, width=self._labels.width, mute=False,
         )  # fmt: skip
         return self.reader
 
@@ -234,6 +243,7 @@ class StepSource:
             self._check_columns(part.columns)
         self._rebuild, self._before = window[0].rebuild, self.selector.state_dict()
         batches = [self._moved(part.columns) for part in window]
+        self._settle_labels(batches)
         groups = None if window[0].groups is None else [_present(part.groups) for part in window]
         ids = [part.ids for part in window]
         given = [part.columns for part in window]
@@ -241,6 +251,40 @@ class StepSource:
         plan = self.meter.deciding(decide, self._reuse, batches)
         self._seen, self.open = [], True
         return plan
+
+    def _settle_labels(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Find out which labels count, before the first step."""
+        if not self._labels.settled:
+            probe, facts = ask_model(batches[0], self._model, self._core, self._call)
+            if facts is not None and self._default is not None:
+                self._check_loss(probe, facts)
+            self._labels.settle(batches, facts, self.device)
+        for columns in batches:
+            self._labels.check(self.owner, columns)
+
+    def _check_loss(self, probe: Probe, facts: LossFacts) -> None:
+        """Refuse a model that computes another loss than the default scorer sees."""
+        name = type(self._core).__name__
+        if not facts.shifts:
+            self.refuse(
+                "score", "given for a model whose loss does not shift its labels",
+                f"None with {name}", "Write a function (model, batch) -> losses.",
+            )  # fmt: skip
+        scorer, found = self._default, facts.value
+        assert scorer is not None
+        if facts.divides:
+            row, needs = probe.one, ("loss",)
+            signals = self._call(
+                lambda model: scorer(model, row, core=self._core, needs=needs), self._model
+            )
+            found = float(signals.require(scorer, "loss"))
+        if facts.divides and differs(found, facts.value):
+            self.refuse(
+                "score", f"given for {name}, whose loss of a token is {facts.value:.3f}",
+                f"None, which finds {found:.3f}",
+                "The model changes its logits after the LM head in a way that is not known here: "
+                "write a function (model, batch) -> losses.",
+            )  # fmt: skip
 
     def _check_columns(self, columns: dict[str, Any]) -> None:
         """Refuse a batch that the default scorer cannot read."""

@@ -38,6 +38,7 @@ from onlinesel.callbacks._loss import (
     put_weights,
     tapped_loss,
 )
+from onlinesel.callbacks._loss_check import LossCheck
 from onlinesel.callbacks._meter import StepMeter
 from onlinesel.callbacks._observed import TrainedLosses
 from onlinesel.callbacks._replay import HELD, Replay
@@ -163,8 +164,7 @@ class OnlineSelection(TrainerCallback):
         check_arguments("OnlineSelection", candidates, scope, self.normalize)
         _attach.check_trainer(
             trainer, strategy, candidates=candidates, shadow=shadow, reference=reference,
-            weighs=self.normalize != "tokens" or self._observing, groups=groups,
-            default_scorer=scorer is None,
+            weighs=self.normalize != "tokens" or self._observing, groups=groups, scorer=scorer,
         )  # fmt: skip
         self._reuse = reuse_in_trainer(
             trainer, reuse_forward, reuse_limit, shadow=shadow, scorer=scorer
@@ -253,6 +253,7 @@ class OnlineSelection(TrainerCallback):
         if not batches:
             return batches, items
         batches, columns, ids, groups, given = self._rows.take_apart(self.trainer, batches)
+        self._loss_check.once(columns[0], self._rows.rebuild)
         step = self.trainer.state.global_step
         decide = partial(self._plan(device).plan, columns, ids, step, groups, given)
         plan = self._meter.deciding(decide, self._reuse, columns)
@@ -334,16 +335,10 @@ class OnlineSelection(TrainerCallback):
         self._meter.evaluated(state.global_step, kwargs["metrics"])
 
     def _facts(self) -> dict[str, Any]:
-        return {
-            "strategy": repr(self.selector.strategy),
-            "candidates": self.candidates,
-            "scope": self.scope,
-            "normalize": self.normalize,
-            "ids": self.ids,
-            "seed": self.seed,
-            "groups": self.groups,
-            "mixture": None if self.mixture is None else repr(self.mixture),
-        }
+        plain = ("candidates", "scope", "normalize", "ids", "seed", "groups")
+        mixture = None if self.mixture is None else repr(self.mixture)
+        settings = {name: getattr(self, name) for name in plain} | {"mixture": mixture}
+        return {"strategy": repr(self.selector.strategy)} | settings
 
     @property
     def _rank(self) -> int | None:
@@ -373,6 +368,9 @@ class OnlineSelection(TrainerCallback):
         seed = self.seed + 1_000_003 * (self._rank or 0)
         self.selector = Selector(self.selector.strategy, seed=seed)
         self._planner, self._trained, self._rows = None, TrainedLosses(), RowBatches()
+        self._loss_check = LossCheck(
+            self.trainer, self._call["compute_loss"], self._scorer, self.normalize
+        )
         if self._reuse is not None:
             self._reuse.start(self.trainer.model)
         if isinstance(self._reference, nn.Module):

@@ -30,10 +30,9 @@ from onlinesel.callbacks._lightning_run import (
     engine_of,
     gradient_factor,
     move_progress,
-    needs_weighted_mean,
     through_strategy,
 )
-from onlinesel.callbacks._micro_batch import MicroBatch
+from onlinesel.callbacks._micro_batch import MicroBatch, needs_weighted_mean
 from onlinesel.callbacks._replay import Replay
 from onlinesel.callbacks._source import Score, StepSource
 from onlinesel.columns import as_columns
@@ -267,10 +266,7 @@ class OnlineSelection(Callback):
             call=partial(through_strategy, trainer),
             core=module if language is None else unwrap(language),
         )  # fmt: skip
-        if before is not None:  # a second fit of one trainer begins another epoch
-            reader.load_state_dict(before.reader.state_dict())
-            reader.end_epoch()
-        return reader
+        return data.follow(reader, before)
 
     def _decided(self, token: data.Token, prepare: Any, move: Any) -> Any:
         """Return the batch that trains in a token's place, deciding its step if it is the first."""

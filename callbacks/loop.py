@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from onlinesel.callbacks._micro_batch import MicroBatch
+from onlinesel.callbacks._micro_batch import MicroBatch, needs_weighted_mean
 from onlinesel.callbacks._source import Score, StepSource
 from onlinesel.distributed import rank, sum_over_ranks, world_size
 from onlinesel.report.runlog import RunLog
@@ -38,9 +38,11 @@ class Step:
     """
 
     def __init__(
-        self, index: int, micro_batches: list[MicroBatch], decisions: list[Decision], engine: Any
-    ) -> None:
+        self, index: int, micro_batches: list[MicroBatch], decisions: list[Decision], engine: Any,
+        *, strict: bool = False,
+    ) -> None:  # fmt: skip
         self.index, self.micro_batches, self.decisions = index, micro_batches, decisions
+        self._strict = strict
         self._engine, self._device = engine, _device_of(engine)
 
     def __len__(self) -> int:
@@ -53,6 +55,21 @@ class Step:
                 self._engine.set_gradient_accumulation_boundary(micro.last)
             with micro.training():
                 yield micro
+
+    def check(self) -> None:
+        """Refuse a loop that trained this step with a loss of its own, where that is another.
+
+        Raises:
+            ValueError: Rows, micro-batches or ranks do not count alike, and no weight was used.
+        """
+        forgotten = [m for m in self.micro_batches if m.begun and not (m.used or m.read)]
+        if self._strict and forgotten:
+            raise ValueError(
+                "steps: losses must go through micro.loss(losses) where row weights, several "
+                f"micro-batches or several ranks count in a step, got {len(forgotten)} of "
+                f"{len(self)} micro-batches without. Compute one loss a row (reduction='none') and "
+                "write micro.loss(losses).backward()."
+            )
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -162,7 +179,7 @@ class Steps:
             score=score, ids=ids, groups=groups, order=order, reference=reference, record=record,
             reuse_forward=reuse_forward, reuse_limit=reuse_limit, log_all=log_all,
         )  # fmt: skip
-        self._model = model
+        self._model, self._accumulate = model, accumulate
         self._factor = _factor_of(model) if gradient_factor is None else gradient_factor
         device = _device_of(model)
         self._reader = self._source.attach(
@@ -201,8 +218,13 @@ class Steps:
         for window in self._reader.windows():
             plan = self._source.plan(window, self.step)
             del window  # the candidates that were not chosen
+            strict = needs_weighted_mean(plan, self._accumulate)
             micro_batches = self._source.micro_batches(plan, self._factor)
-            yield Step(self.step, micro_batches, plan.decisions, self._model)
+            step = Step(self.step, micro_batches, plan.decisions, self._model, strict=strict)
+            del micro_batches
+            yield step
+            step.check()
+            del step
             self._finish()
             self._source.meter.fetch()
 

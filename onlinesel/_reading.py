@@ -1,23 +1,27 @@
-"""How a loader is read without being changed: stand-ins and generators."""
+"""How a loader is read without being changed: stand-ins, generators, ids."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from onlinesel.rows import FILLER_ID
+from onlinesel._collating import OrderWatch
+from onlinesel.rows import FILLER_ID, ROW_ID, complete, content_ids
 
 __all__ = [
     "Cells",
     "Numbered",
     "Paired",
     "generators_of",
+    "identify",
+    "named_column",
+    "refuse_column",
     "standing_in",
     "tell_epoch",
 ]
@@ -63,10 +67,14 @@ class Paired:
     """A collator that keeps the numbers of the rows beside the batch."""
 
     collate: Callable[[list[Any]], Any]
+    watch: OrderWatch = field(default_factory=lambda: OrderWatch("CandidateLoader"))
 
     def __call__(self, pairs: Sequence[tuple[int, Any]]) -> tuple[Tensor, Any]:
         ids = torch.tensor([number for number, _ in pairs], dtype=torch.int64)
-        return ids, self.collate([row for _, row in pairs])
+        rows = [row for _, row in pairs]
+        batch = self.collate(rows)
+        self.watch.check(rows, batch)
+        return ids, batch
 
 
 @contextmanager
@@ -103,3 +111,44 @@ def generators_of(loader: Any) -> list[torch.Generator]:
         if isinstance(generator, torch.Generator) and all(generator is not g for g in found):
             found.append(generator)
     return found
+
+
+def named_column(wanted: str) -> str:
+    """Return the column of ids that a reader looks for, by its ``ids``."""
+    return "sample_id" if wanted == "auto" else wanted
+
+
+def identify(columns: dict[str, Any], numbers: Tensor | None, wanted: str) -> Tensor:
+    """Return who the rows of a batch are: ``(N,)`` int64.
+
+    Args:
+        columns: The batch; a column of ids is taken out of it.
+        numbers: Numbers of the rows in their dataset, if they have any.
+        wanted: The reader's ``ids``.
+    """
+    name = named_column(wanted)
+    found = columns.pop(ROW_ID, None)
+    if wanted == "hash":
+        found = content_ids(columns)
+    elif name in columns:
+        found = columns.pop(name)
+    elif wanted != "auto":
+        refuse_column("ids", wanted, columns)
+    if found is None:
+        return content_ids(columns) if numbers is None else numbers
+    ids = complete("CandidateLoader", name, found).cpu()
+    if ids.is_floating_point():
+        raise TypeError(
+            f"CandidateLoader: ids must be integers, got {ids.dtype} in column {name!r}. "
+            "Carry ids as int64: floats lose integers above 2**24."
+        )
+    ids = ids.to(torch.int64)
+    return ids if numbers is None else torch.where(numbers == FILLER_ID, FILLER_ID, ids)
+
+
+def refuse_column(argument: str, name: str, columns: dict[str, Any]) -> NoReturn:
+    """Refuse the name of a column that the batch does not have."""
+    raise ValueError(
+        f"CandidateLoader: {argument} must be a column of the batch, got {name!r}. The columns are "
+        f"{', '.join(columns)}."
+    )

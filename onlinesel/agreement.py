@@ -19,6 +19,7 @@ NORMALIZE = ("tokens", "samples", "rows")
 __all__ = [
     "check_arguments",
     "check_candidates",
+    "check_scorer",
     "check_settings",
     "smallest_over_ranks",
     "stack_over_ranks",
@@ -67,6 +68,29 @@ def check_candidates(owner: str, strategy: Strategy, candidates: int) -> None:
         raise ValueError(
             f"{owner}: candidates must be at least 2 for {type(strategy).__name__}, which only "
             "drops rows, got 1. Pass candidates=4 to train the best of every four rows."
+        )
+
+
+def check_scorer(owner: str, argument: str, strategy: Strategy, scorer: Any) -> None:
+    """Refuse a scorer that says what it provides, and lacks what the method reads.
+
+    Args:
+        owner: Name used in errors.
+        argument: What the host calls the scorer.
+        strategy: The method.
+        scorer: With ``provides``, or any function.
+
+    Raises:
+        ValueError: A signal is missing.
+    """
+    provides = getattr(scorer, "provides", None)
+    known = (*(provides or ()), "ids", "tokens", "group")
+    missing = [name for name in strategy.needs if name not in known]
+    if provides is not None and missing:
+        raise ValueError(
+            f"{owner}: {argument} must provide {', '.join(missing)} for {type(strategy).__name__}, "
+            f"got {type(scorer).__name__} with {', '.join(provides)}. Use a method that reads "
+            "these, or write a function (model, batch) -> Signals that gives the rest."
         )
 
 

@@ -20,11 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onlinesel._datasets import DataFacts, check_size
 from onlinesel._reading import (
     Cells,
     Numbered,
     Paired,
     generators_of,
+    identify,
+    named_column,
+    refuse_column,
     standing_in,
     tell_epoch,
 )
@@ -33,7 +37,7 @@ from onlinesel.batch import gather_rows, rows_in
 from onlinesel.columns import as_columns
 from onlinesel.distributed import rank, world_size
 from onlinesel.order import Order, Thinned, own_order, torch_loader, window_rows
-from onlinesel.rows import FILLER_ID, GROUP, ROW_ID, complete, content_ids
+from onlinesel.rows import GROUP, complete
 
 __all__ = ["CandidateLoader", "Candidates"]
 
@@ -74,8 +78,11 @@ class CandidateLoader:
         pad_id: Token that pads ``input_ids`` where batches of different width are joined.
         device: Where collectives need their tensors.
 
+    Attributes:
+        data: The dataset as it was found; None of what is no loader of a map-style dataset.
+
     Raises:
-        ValueError: The order has to be ours and cannot be.
+        ValueError: The order has to be ours and cannot be, or its epoch has no step.
 
     Example:
         >>> import torch
@@ -132,6 +139,13 @@ class CandidateLoader:
         self._costs: deque[int] = deque()  # of the windows that were read and have not trained
         self._cells = Cells(self._rows_of_this_rank)
         self._workers: Any = None
+        self.data = None if self._base is None else DataFacts.of(self._base.dataset)
+        if self.order is not None:
+            check_size(
+                "CandidateLoader", len(self.order), micro_batch=self._size * world_size(),
+                accumulate=self._accumulate(), drops_last=self._drops_last,
+                names=("candidates", "drop_last"),
+            )  # fmt: skip
         self._layout: dict[str, bool] = {}  # which lists in a batch have one entry a row
 
     # Size -----------------------------------------------------------------------------------
@@ -216,11 +230,23 @@ class CandidateLoader:
         self._begun, resumed, self._resumed = True, self._resumed, False
         self._over = False
         self._costs.clear()
+        self._check_data()
         if isinstance(self.order, Thinned) and self._thin is not None:
             rows = 0 if self._named else len(self._base.dataset)  # type: ignore[arg-type, union-attr]
             self.order.kept = self._thin(rows, fresh=not resumed)
         yield from self._own_windows() if self.order is not None else self._foreign(resumed)
         self._over = True
+
+    def _check_data(self) -> None:
+        """Refuse a dataset that has changed since its order was made."""
+        if self.order is None or self.data is None or self._base is None:
+            return  # who reads with a sampler of one's own may let the data grow
+        found = self.data.difference(self._base.dataset)
+        if found is not None:
+            raise ValueError(
+                "CandidateLoader: dataset must stay as it was when the loader was given, got "
+                f"{found}. Rows are known by their number: make a new selection for new data."
+            )
 
     def advance(self) -> None:
         """Note that the oldest window that was read has trained; a checkpoint counts those."""
@@ -312,7 +338,8 @@ class CandidateLoader:
         columns = dict(columns)
         numbered = [ids.cpu() for ids, _ in pairs if ids is not None]
         numbers = torch.cat(numbered) if numbered else None
-        ids = self._identify(columns, numbers)
+        self._named |= self._ids != "hash" and named_column(self._ids) in columns
+        ids = identify(columns, numbers, self._ids)
         names = [name for name in (self._groups, GROUP) if name in columns]
         groups = complete("CandidateLoader", names[0], columns.pop(names[0])) if names else None
         if self._domains is not None:
@@ -323,28 +350,8 @@ class CandidateLoader:
                 )
             groups = self._domains[ids.clamp(min=0)] if groups is None else groups
         if self._groups is not None and groups is None:
-            _refuse_column("groups", self._groups, columns)
+            refuse_column("groups", self._groups, columns)
         return Candidates(columns, rebuild, ids, groups)
-
-    def _identify(self, columns: dict[str, Any], numbers: Tensor | None) -> Tensor:
-        name = "sample_id" if self._ids == "auto" else self._ids
-        found = columns.pop(ROW_ID, None)
-        if self._ids == "hash":
-            found = content_ids(columns)
-        elif name in columns:
-            found, self._named = columns.pop(name), True
-        elif self._ids != "auto":
-            _refuse_column("ids", self._ids, columns)
-        if found is None:
-            return content_ids(columns) if numbers is None else numbers
-        ids = complete("CandidateLoader", name, found).cpu()
-        if ids.is_floating_point():
-            raise TypeError(
-                f"CandidateLoader: ids must be integers, got {ids.dtype} in column {name!r}. "
-                "Carry ids as int64: floats lose integers above 2**24."
-            )
-        ids = ids.to(torch.int64)
-        return ids if numbers is None else torch.where(numbers == FILLER_ID, FILLER_ID, ids)
 
     # State ----------------------------------------------------------------------------------
 
@@ -391,10 +398,3 @@ class CandidateLoader:
         self._begun = self._resumed = self.position > 0 or self._rng is not None
         self._over = False
         self._costs.clear()
-
-
-def _refuse_column(argument: str, name: str, columns: dict[str, Any]) -> None:
-    raise ValueError(
-        f"CandidateLoader: {argument} must be a column of the batch, got {name!r}. The columns are "
-        f"{', '.join(columns)}."
-    )

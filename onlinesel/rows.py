@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from onlinesel._collating import OrderWatch
 from onlinesel.batch import has_rows
 from onlinesel.columns import map_tensors
 
@@ -87,6 +88,7 @@ class CarryColumns:
     def __init__(self, collate: Callable[[list[Any]], Any], columns: Mapping[str, str]) -> None:
         self.collate = collate
         self.columns = dict(columns)
+        self._watch = OrderWatch("OnlineSelection")
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
         if not self.columns:
@@ -98,6 +100,7 @@ class CarryColumns:
         }
         rest = [{k: v for k, v in f.items() if k not in self.columns} for f in features]
         batch = dict(self.collate(rest))
+        self._watch.check(rest, batch)
         batch.update(carried)
         return batch
 

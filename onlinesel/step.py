@@ -61,6 +61,7 @@ class StepPlan:
             rank in step with the others (its labels are -100).
         ids: ``(n,)`` int64 ids of those rows.
         counts: ``(n,)`` labelled tokens of those rows; None where each row is one item.
+        widths: Tokens of each row that may have a loss; None where each row is one item.
         denominator: Scalar ``D`` of the loss contract over all ranks, on the host; 1 where nothing
             has weight, so that the loss is 0 and not 0 / 0.
         normalize: ``"tokens"``, ``"samples"`` or ``"rows"``.
@@ -74,6 +75,7 @@ class StepPlan:
     weights: list[Tensor]
     ids: list[Tensor]
     counts: list[Tensor | None]
+    widths: list[int | None]
     denominator: Tensor
     normalize: str
     decisions: list[Decision]
@@ -104,7 +106,7 @@ class StepPlan:
             observe: Is told the rows' mean losses.
         """
         weights, counts = self.weights[index], self.counts[index]
-        width = None if counts is None else label_width(self.batches[index])
+        width = None if counts is None else self.widths[index]
         return Weighing(
             weights, counts, self.denominator, self.normalize, factor, observe, width,
             undefined=self.undefined,
@@ -136,6 +138,7 @@ class StepPlanner:
         pad_id: Token that pads ``input_ids`` where rows of different width meet.
         device: Where collectives need their tensors.
         count: Labelled tokens of each row of a batch, or None for a batch of whole items.
+        width: Tokens of each row of a batch that may have a loss.
         mute: Take the labels off a row that only keeps its rank in step. A host whose loss goes
             through :meth:`StepPlan.weighing` does not need it.
     """
@@ -151,6 +154,7 @@ class StepPlanner:
         pad_id: int = 0,
         device: torch.device | str = "cpu",
         count: Callable[[Batch], Tensor | None] = count_labels,
+        width: Callable[[Batch], int] = label_width,
         mute: bool = True,
     ) -> None:
         self.selector = selector
@@ -160,7 +164,7 @@ class StepPlanner:
         self._normalize = normalize
         self._pad_id = pad_id
         self._device = device
-        self._count, self._mute = count, mute
+        self._count, self._width, self._mute = count, width, mute
         self._warned = False
 
     def plan(
@@ -208,6 +212,7 @@ class StepPlanner:
             new_weights,
             new_ids,
             counts,
+            [c if c is None else self._width(b) for b, c in zip(new_batches, counts, strict=True)],
             torch.where(total > 0, total, 1.0).to(torch.float32),
             self._normalize,
             decisions,

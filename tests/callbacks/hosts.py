@@ -21,6 +21,8 @@ from transformers import (
 from onlinesel.callbacks.hf import OnlineSelection
 
 LEARNING_RATE = 0.5
+ASKED = 5
+"""Forwards of one row before the first step, by which the model is asked what its loss does."""
 
 
 def make_model(lora: bool = False, **config: Any) -> Any:

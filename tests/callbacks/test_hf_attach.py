@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import ModernBertConfig, ModernBertForMaskedLM, Trainer
 
@@ -103,7 +104,7 @@ def test_bad_arguments(tmp_path: Path, strategy: Any, options: Any, message: str
         ({"train_sampling_strategy": "batch_rebalance"}, TopLoss(), "not 'batch_rebalance'"),
         ({"label_smoothing_factor": 0.1}, LossReweight(), "got label_smoothing_factor"),
         ({"label_smoothing_factor": 0.1}, InfoBatch(), "got label_smoothing_factor"),
-        ({"model": Encoder()}, TopLoss(), "loss is the shifted causal one"),
+        ({"model": Encoder()}, TopLoss(), "model must be a causal language model with an LM head"),
         (
             {"model": masked_model()},
             Uniform(),
@@ -115,7 +116,7 @@ def test_bad_arguments(tmp_path: Path, strategy: Any, options: Any, message: str
         (
             {"dataloader_drop_last": True, "per_device_train_batch_size": 40},
             TopLoss(),
-            "train_dataset must be at least one batch of 80 candidates, got 48 rows",
+            "dataset must have at least one step of 80 candidates, got 48 rows",
         ),
     ],
 )
@@ -226,7 +227,10 @@ def test_weights_that_the_model_ignores_are_noticed(tmp_path: Path) -> None:
     ) -> Any:
         output = forward(input_ids=input_ids, **kw)
         if labels is not None:
-            output["loss"] = output.logits.sum() * 0.0
+            logits = output.logits[:, :-1].mT
+            output["loss"] = (
+                cross_entropy(logits, labels[:, 1:], reduction="sum") / num_items_in_batch
+            )
         return output
 
     model.forward = own_loss

@@ -14,12 +14,20 @@ from transformers import Trainer, TrainingArguments
 
 import onlinesel
 from onlinesel.callbacks.lightning import OnlineSelection as LightningSelection
-from onlinesel.strategies import TopLoss
-from tests.callbacks.hosts import arguments, attach, collate, make_model, make_rows
+from onlinesel.strategies import TopLoss, Uniform
+from tests.callbacks.hosts import (
+    arguments,
+    attach,
+    collate,
+    make_model,
+    make_rows,
+    make_trainer,
+)
 from tests.callbacks.lightning_hosts import QUIET_LIGHTNING, Classifier
 from tests.callbacks.lightning_hosts import make_trainer as make_lightning
 
 ROWS = make_rows()
+SCORE = onlinesel.ClassificationScorer()
 
 
 def weight_of(tokens: Any) -> float:
@@ -129,3 +137,25 @@ def test_in_lightning() -> None:
     )
     assert selection.step == 2 and len(module.batches) == 4
     assert sum(len(batch["name"]) for batch in module.batches) == 16
+
+
+def sorting(features: list[Any]) -> Any:
+    """Longest rows first, as people sort for packed recurrent networks."""
+    return collate(sorted(features, key=lambda f: -len(f["input_ids"])))
+
+
+def test_a_collator_that_sorts_its_rows_is_refused(tmp_path: Path) -> None:
+    """Ids belong to rows by their place, and would be those of other rows."""
+    trainer = make_trainer(tmp_path, collator=sorting)
+    attach(trainer, TopLoss(), candidates=4)
+    with pytest.raises(ValueError, match="collator must keep the order of the rows, got 'input_i"):
+        trainer.train()
+    loader: DataLoader[Any] = DataLoader(ROWS, batch_size=4, collate_fn=sorting)
+    with pytest.raises(ValueError, match="CandidateLoader: collator must keep the order"):
+        next(iter(onlinesel.steps(loader, make_model(), TopLoss(), candidates=2)))
+    pairs: DataLoader[Any] = DataLoader(
+        [(torch.ones(2) * i, i) for i in range(8)], batch_size=4,
+        collate_fn=lambda rows: (torch.stack([x for x, _ in rows]), torch.tensor([3, 2, 1, 0])),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="collator must keep the order of the rows, got '1'"):
+        next(iter(onlinesel.steps(pairs, make_model(), Uniform(), score=SCORE)))

@@ -330,6 +330,7 @@ def test_an_engine_is_told_where_a_step_ends() -> None:
     for step in onlinesel.steps(make_loader(20), engine, Uniform(), accumulate=2):
         for micro in step:
             assert told[-1] == micro.last
+            micro.loss(torch.zeros(micro.ids.shape[0]))
     assert told == [False, True, True]
 
 

@@ -32,6 +32,7 @@ from onlinesel import When
 from onlinesel.callbacks._replay import Audit, HeldRows, Replay
 from onlinesel.strategies import UDS, LossReweight, RHOLoss, TopLoss, Uniform
 from tests.callbacks.hosts import (
+    ASKED,
     attach,
     choices,
     collate,
@@ -97,7 +98,8 @@ def step(folder: Path, reuse: bool, **options: Any) -> tuple[dict[str, Any], dic
     rows, before = watch(trainer.model), parameters(trainer.model)
     trainer.train()
     after = parameters(trainer.model)
-    return {name: before[name] - after[name] for name in before}, rows, trainer
+    steps = {name: count - ASKED for name, count in rows.items()}
+    return {name: before[name] - after[name] for name in before}, steps, trainer
 
 
 def apart(one: dict[str, Any], two: dict[str, Any]) -> float:

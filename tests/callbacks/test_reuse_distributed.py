@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from tests.callbacks import reuse_two_ranks
-from tests.callbacks.hosts import make_model, make_rows, reference_gradient, relative_error
+from tests.callbacks.hosts import (
+    ASKED,
+    make_model,
+    make_rows,
+    reference_gradient,
+    relative_error,
+)
 from tests.launching import torchrun
 
 pytest.importorskip("deepspeed")
@@ -93,11 +99,11 @@ def test_rows_that_changed_ranks_are_forwarded_again_and_no_others(
 ) -> None:
     """Six candidates and two rows that train on each rank, two layers."""
     _, forwards = read(folder, f"{engine}-subset-rank")
-    assert [sum(rows) for rows in forwards] == [2 * (6 + 2)] * 2
+    assert [sum(rows) for rows in forwards] == [2 * (ASKED + 6 + 2)] * 2
     # Both rows that train were loaded by one rank: the other forwards the one that it is given.
     plans, forwards = read(folder, f"{engine}-one-rank-empty")
     assert [len(plan["ids"][0]) for plan in plans] == [1, 1]
-    assert sorted(sum(rows) for rows in forwards) == [2 * (4 + 1), 2 * (4 + 2)]
+    assert sorted(sum(rows) for rows in forwards) == [2 * (ASKED + 4 + n) for n in (1, 2)]
     # What does not fit is forwarded as without.
     _, forwards = read(folder, f"{engine}-subset-limit")
-    assert [sum(rows) for rows in forwards] == [2 * (6 + 2 + 2)] * 2
+    assert [sum(rows) for rows in forwards] == [2 * (ASKED + 6 + 2 + 2)] * 2

@@ -11,7 +11,7 @@ import onlinesel
 from onlinesel import Signals, When
 from onlinesel.callbacks.lightning import OnlineSelection
 from onlinesel.strategies import LossReweight, TopLoss, Uniform
-from tests.callbacks.hosts import make_model, make_rows
+from tests.callbacks.hosts import ASKED, make_model, make_rows
 from tests.callbacks.lightning_hosts import (
     QUIET_LIGHTNING,
     Language,
@@ -56,7 +56,7 @@ def test_a_loop_takes_the_same_steps(case: str) -> None:
     assert [step["ids"] for step in results[0][0]] == [step["ids"] for step in results[1][0]]
     assert close(results[0][1], results[1][1])
     candidates = 4 * options.get("candidates", 1)
-    assert counts[1] == 3 * 2 * (candidates + 4)  # steps, layers, rows
+    assert counts[1] == 3 * 2 * (candidates + 4) + 2 * ASKED  # steps, layers, rows
     assert steps.drain()["selection/reused_share"] == 1.0
 
 
@@ -169,7 +169,7 @@ def test_lightning_takes_the_same_steps(case: str) -> None:
     assert plans[0] == plans[1]
     assert close(*states)
     candidates = 4 * options.get("candidates", 1)
-    assert sum(module.rows) == 3 * 2 * (candidates + 4)
+    assert sum(module.rows) == 3 * 2 * (candidates + 4) + 2 * ASKED
 
 
 def test_lightning_gives_the_layers_back_after_an_error() -> None:
