@@ -136,7 +136,7 @@ def test_a_loop_refuses_what_cannot_be_reused() -> None:
         return Signals(loss=torch.zeros(2))
 
     model = make_model()
-    with pytest.raises(ValueError, match="reuse_forward: score must be None, got function. Only"):
+    with pytest.raises(ValueError, match="reuse_forward: score must be None, got function. Leave one of the two"):
         onlinesel.steps(make_loader(), model, TopLoss(), score=score, reuse_forward=True)
     with pytest.raises(ValueError, match="reuse_forward: reuse_limit must be positive, and None"):
         onlinesel.steps(make_loader(), model, TopLoss(), reuse_limit=1.0)
