@@ -1,27 +1,36 @@
-"""How a loader is read without being changed: stand-ins, generators, ids."""
+"""How a loader is read without being changed: stand-ins, generators, ids, and its states."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from onlinesel._collating import OrderWatch
+from onlinesel.distributed import world_size
+from onlinesel.fingerprint import same_rows
+from onlinesel.randomness import PROGRAM, program_state, set_program_state
 from onlinesel.rows import FILLER_ID, ROW_ID, complete, content_ids
 
 __all__ = [
     "Cells",
     "Numbered",
     "Paired",
+    "begin_workers",
+    "check_state",
+    "generator_states",
     "generators_of",
     "identify",
     "named_column",
+    "numbered_parts",
     "refuse_column",
+    "set_generator_states",
     "standing_in",
     "tell_epoch",
 ]
@@ -113,6 +122,46 @@ def generators_of(loader: Any) -> list[torch.Generator]:
     return found
 
 
+def generator_states(generators: Sequence[torch.Generator]) -> Tensor:
+    """Return where the program's generators and a loader's own stand: ``(3 + G, 5056)`` uint8."""
+    return torch.cat([program_state(), *(g.get_state()[None] for g in generators)])
+
+
+def set_generator_states(generators: Sequence[torch.Generator], states: Tensor) -> None:
+    """Put generators where :func:`generator_states` was taken.
+
+    Raises:
+        ValueError: It was of a loader with another number of generators.
+    """
+    program, own = states[:PROGRAM].clone(), states[PROGRAM:].clone()
+    if len(own) != len(generators):
+        raise ValueError(
+            f"CandidateLoader: loader must have as many generators of its own as the checkpoint's "
+            f"({len(own)}), got {len(generators)}. Resume with the loader that wrote it."
+        )
+    set_program_state(program)
+    for generator, state in zip(generators, own, strict=True):
+        generator.set_state(state)
+
+
+def numbered_parts(base: DataLoader[Any]) -> dict[str, Any]:
+    """Return the parts of a loader that gives row numbers beside its batches."""
+    return {"dataset": Numbered(base.dataset), "collate_fn": Paired(base.collate_fn)}
+
+
+def begin_workers(base: DataLoader[Any]) -> None:
+    """Let the workers of a loader begin that keeps them, unless they have.
+
+    What torch draws when they begin comes once in a run. Their first pass is empty, so that a
+    sampler draws from where the epoch begins in the epoch in which they begin as in all others.
+    """
+    if vars(base)["_iterator"] is None:
+        batching: list[Any] = []
+        with standing_in(base, batch_sampler=Cells(lambda: chain.from_iterable(batching))):
+            iter(base)
+        batching.append(base.batch_sampler)
+
+
 def named_column(wanted: str) -> str:
     """Return the column of ids that a reader looks for, by its ``ids``."""
     return "sample_id" if wanted == "auto" else wanted
@@ -152,3 +201,34 @@ def refuse_column(argument: str, name: str, columns: dict[str, Any]) -> NoReturn
         f"CandidateLoader: {argument} must be a column of the batch, got {name!r}. The columns are "
         f"{', '.join(columns)}."
     )
+
+
+def check_state(
+    state: dict[str, Any], seed: int, digest: dict[str, Any] | None, *, foreign: bool
+) -> None:
+    """Refuse a state that a loader cannot go on from.
+
+    Args:
+        state: What ``CandidateLoader.state_dict`` gave.
+        seed: Of the loader at hand.
+        digest: Of its rows, None where it has none to look at.
+        foreign: Whether it is left as it is.
+    """
+    if ("ranks" in state) != foreign or state["seed"] != seed:
+        raise ValueError(
+            "CandidateLoader: state must come from the same kind of loader and seed "
+            f"({seed}), got one of seed {state['seed']} and "
+            f"{'a loader left as it is' if 'ranks' in state else 'an order of our own'}. "
+            "Resume with the loader that wrote it."
+        )
+    if foreign and state["ranks"] != world_size() and state["position"] > 0:
+        raise ValueError(
+            f"CandidateLoader: number of ranks must be the checkpoint's ({state['ranks']}) in "
+            f"the middle of an epoch of a loader with its own sampler, got {world_size()}. "
+            "Use a torch DataLoader with shuffle=True and no sampler, or an epoch's end."
+        )
+    if not same_rows(state.get("rows"), digest):
+        raise ValueError(
+            f"CandidateLoader: dataset must be the checkpoint's ({state['rows']}), got {digest}. "
+            "Resume with the same rows in the same order, or begin a run from the model alone."
+        )

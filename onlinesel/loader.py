@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -23,12 +25,15 @@ from torch import Tensor
 from onlinesel._datasets import DataFacts, check_size
 from onlinesel._reading import (
     Cells,
-    Numbered,
-    Paired,
+    begin_workers,
+    check_state,
+    generator_states,
     generators_of,
     identify,
     named_column,
+    numbered_parts,
     refuse_column,
+    set_generator_states,
     standing_in,
     tell_epoch,
 )
@@ -36,7 +41,9 @@ from onlinesel.agreement import smallest_over_ranks, stack_over_ranks
 from onlinesel.batch import gather_rows, rows_in
 from onlinesel.columns import as_columns
 from onlinesel.distributed import rank, world_size
+from onlinesel.fingerprint import rows_digest
 from onlinesel.order import Order, Thinned, own_order, torch_loader, window_rows
+from onlinesel.randomness import undisturbed
 from onlinesel.rows import GROUP, complete
 
 __all__ = ["CandidateLoader", "Candidates"]
@@ -234,7 +241,8 @@ class CandidateLoader:
         if isinstance(self.order, Thinned) and self._thin is not None:
             rows = 0 if self._named else len(self._base.dataset)  # type: ignore[arg-type, union-attr]
             self.order.kept = self._thin(rows, fresh=not resumed)
-        yield from self._own_windows() if self.order is not None else self._foreign(resumed)
+        windows = self._foreign if self.order is None else self._own_windows
+        yield from windows(resumed)
         self._over = True
 
     def _check_data(self) -> None:
@@ -257,12 +265,12 @@ class CandidateLoader:
         """Leave what is left of the epoch after :meth:`load_state_dict`: the next one follows."""
         self._resumed = False
 
-    def _own_windows(self) -> Iterator[list[Candidates]]:
+    def _own_windows(self, resumed: bool) -> Iterator[list[Candidates]]:
         assert self.order is not None and self._base is not None
         self.order.epoch = self.epoch
         accumulate, ranks, left = self._accumulate(), world_size(), len(self.order) - self.position
         whole = self._size * accumulate * ranks
-        pairs = self._read(self._base, batch_sampler=self._cells)
+        pairs = self._read(self._base, quiet=resumed, batch_sampler=self._cells)
         while left >= whole or (left > 0 and not self._drops_last):
             rows = min(left, whole)
             count = -(-rows // (self._size * ranks))
@@ -281,17 +289,15 @@ class CandidateLoader:
         tell_epoch(self.loader, self.epoch)
         generators = generators_of(self.loader)
         if not resumed:
-            states = [torch.get_rng_state(), *(g.get_state() for g in generators)]
-            self._rng = stack_over_ranks(torch.stack(states), self._device)
+            self._begin_workers()
+            self._rng = stack_over_ranks(generator_states(generators), self._device)
             batches = self._batches()
         else:
             # The loader shuffles as it did, and what it draws of the program's disturbs nothing.
-            with torch.random.fork_rng(devices=[]):
+            with undisturbed():
+                self._begin_workers()
                 if self._rng is not None:
-                    own, *others = (state.clone() for state in self._rng[rank()])
-                    torch.set_rng_state(own)
-                    for generator, state in zip(generators, others, strict=True):
-                        generator.set_state(state)
+                    set_generator_states(generators, self._rng[rank()])
                 batches = self._batches()
                 for _ in islice(batches, self.position):
                     pass
@@ -308,20 +314,42 @@ class CandidateLoader:
             if len(parts) < accumulate:
                 return
 
+    def _begin_workers(self) -> None:
+        """Let workers that persist begin before anything of the epoch is drawn."""
+        base = self._base
+        if base is None or not base.num_workers or not base.persistent_workers:
+            return
+        if self._ids == "hash":
+            begin_workers(base)
+        else:
+            with standing_in(base, _iterator=self._workers, **numbered_parts(base)):
+                begin_workers(base)
+                self._workers = vars(base)["_iterator"]
+
     def _batches(self) -> Iterator[tuple[Tensor | None, Any]]:
         if self._base is None or self._ids == "hash":
             return ((None, batch) for batch in self.loader)
         return self._read(self.loader)
 
-    def _read(self, loader: Any, **parts: Any) -> Iterator[tuple[Tensor, Any]]:
-        """Iterate a loader whose base gives row numbers beside its batches."""
+    def _read(
+        self, loader: Any, *, quiet: bool = False, **parts: Any
+    ) -> Iterator[tuple[Tensor, Any]]:
+        """Iterate a loader whose base gives row numbers beside its batches.
+
+        Args:
+            loader: The loader, or its base.
+            quiet: Whether what torch draws for an iterator is to be drawn again by the program: an
+                epoch that is gone on with has had it.
+            **parts: Of the base, in the place of its own.
+        """
         base = self._base
         assert base is not None
-        parts |= {"dataset": Numbered(base.dataset), "collate_fn": Paired(base.collate_fn)}
+        parts |= numbered_parts(base)
         # Wrappers build the inner iterator at the first call of next, so that is done in here.
         # Workers that persist belong to an iterator, and are not to be those of the user's own.
         with standing_in(base, _iterator=self._workers, **parts):
-            iterator = iter(loader)
+            with undisturbed() if quiet else nullcontext():
+                iterator = iter(loader)
             first = list(islice(iterator, 1))
             self._workers = vars(base)["_iterator"]
         return (pair for part in (first, iterator) for pair in part)
@@ -355,6 +383,12 @@ class CandidateLoader:
 
     # State ----------------------------------------------------------------------------------
 
+    @cached_property
+    def _digest(self) -> dict[str, Any]:
+        """What the rows are recognised by; read once, and only where a state is."""
+        assert self._base is not None
+        return rows_digest(self._base.dataset, workers=self._base.num_workers)
+
     def state_dict(self) -> dict[str, Any]:
         """Return where the epoch stands: plain numbers and, for a loader left as it is, a tensor.
 
@@ -362,8 +396,14 @@ class CandidateLoader:
         """
         over = self._over and not self._costs  # then the next epoch is what comes
         epoch, position = (self.epoch + 1, 0) if over else (self.epoch, self.position)
-        state: dict[str, Any] = {"epoch": epoch, "position": position, "seed": self.seed}
-        state["named"] = self._named
+        state: dict[str, Any] = {
+            "epoch": epoch,
+            "position": position,
+            "seed": self.seed,
+            "named": self._named,
+        }
+        if self._base is not None:
+            state["rows"] = self._digest
         if self.order is None:
             state |= {"ranks": world_size(), "rng": None if over else self._rng}
         elif hasattr(self.order, "state_dict"):
@@ -374,23 +414,11 @@ class CandidateLoader:
         """Continue where :meth:`state_dict` was taken, on any number of ranks if the order is ours.
 
         Raises:
-            ValueError: The state is of another kind of loader or another seed, or stands in the
-                middle of an epoch of a loader that another number of ranks had read.
+            ValueError: The state is of another kind of loader, other rows or another seed, or of
+                the middle of an epoch of a loader that another number of ranks had read.
         """
-        foreign = self.order is None
-        if ("ranks" in state) != foreign or state["seed"] != self.seed:
-            raise ValueError(
-                "CandidateLoader: state must come from the same kind of loader and seed "
-                f"({self.seed}), got one of seed {state['seed']} and "
-                f"{'a loader left as it is' if 'ranks' in state else 'an order of our own'}. "
-                "Resume with the loader that wrote it."
-            )
-        if foreign and state["ranks"] != world_size() and state["position"] > 0:
-            raise ValueError(
-                f"CandidateLoader: number of ranks must be the checkpoint's ({state['ranks']}) in "
-                f"the middle of an epoch of a loader with its own sampler, got {world_size()}. "
-                "Use a torch DataLoader with shuffle=True and no sampler, or an epoch's end."
-            )
+        digest = None if self._base is None else self._digest
+        check_state(state, self.seed, digest, foreign=self.order is None)
         if "order" in state and self.order is not None:
             self.order.load_state_dict(state["order"])
         self.epoch, self.position = state["epoch"], state["position"]
