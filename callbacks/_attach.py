@@ -27,7 +27,6 @@ from onlinesel.types import Strategy
 __all__ = [
     "carried_columns",
     "check_loader",
-    "check_own",
     "check_ranks",
     "check_trainer",
     "domain_sampler",
@@ -72,23 +71,6 @@ def wrap(owner: Any, methods: Mapping[str, Callable[..., Any]]) -> dict[str, Any
 def refuse(argument: str, rule: str, got: object, remedy: str) -> None:
     """Raise the designed error of the callback."""
     raise ValueError(f"OnlineSelection: {argument} must be {rule}, got {got}. {remedy}")
-
-
-def check_own(callback: Any, running: bool, args: Any) -> None:
-    """Refuse a callback among the callbacks of a trainer that it does not wrap.
-
-    Args:
-        callback: The callback, with its own ``trainer``.
-        running: Whether that one is training, with its methods wrapped.
-        args: The arguments of the trainer that begins to train.
-    """
-    if not running or args is not callback.trainer.args:
-        name = type(callback).__name__
-        raise ValueError(
-            f"{name}: trainer must be the one that the callback was made for, got another one or "
-            f"one that it was detached from. Write trainer.add_callback({name}(trainer, ...)) with "
-            "the same trainer twice."
-        )
 
 
 def is_sft(trainer: Any) -> bool:

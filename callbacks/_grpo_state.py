@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from onlinesel.callbacks._attach import is_stream
+from onlinesel.callbacks._belonging import warn_of_no_state
 from onlinesel.callbacks._checkpoint import load_selection, save_selection
 from onlinesel.callbacks._grpo_checks import refuse
 from onlinesel.callbacks._grpo_fill import Filler, Group
 from onlinesel.callbacks._grpo_watch import Watch
 from onlinesel.distributed import world_size
+from onlinesel.fingerprint import code_digest, rows_digest, same_rows
 
 __all__ = [
     "buffer_tensors",
@@ -125,8 +129,43 @@ def save_run(
     save_selection(folder, buffer_tensors(trainer), {}, rank=args.process_index, name=_NAME)
     if args.should_save:
         where = {"step": trainer.state.global_step, "world_size": world_size()}
+        where |= {"rows": _rows(trainer), "rewards": _rewards(trainer)}
         own = {name: value.detach().cpu() for name, value in tensors.items()}
         save_selection(folder, own, {**facts, **where}, rank=None, name=_NAME)
+
+
+def _rows(trainer: Any) -> dict[str, Any] | None:
+    """Return what the problems are recognised by; None for a stream."""
+    dataset = trainer.train_dataset
+    if is_stream(dataset):
+        return None
+    return rows_digest(dataset, workers=trainer.args.dataloader_num_workers)
+
+
+def _rewards(trainer: Any) -> dict[str, str]:
+    """Return what the reward functions are recognised by."""
+    pairs = zip(trainer.reward_func_names, trainer.reward_funcs, strict=True)
+    return {name: code_digest(function) for name, function in pairs}
+
+
+def _check_data(trainer: Any, facts: Mapping[str, Any], owner: str) -> None:
+    """Refuse other problems, whose numbers would mean others, and tell of other rewards."""
+    before, now = facts.get("rows"), _rows(trainer)
+    if not same_rows(before, now):
+        refuse(
+            "train_dataset", f"the checkpoint's ({before})", now,
+            "What is believed of problems belongs to their numbers: resume with the same rows in "
+            "the same order, or begin a run from the model alone.",
+        )  # fmt: skip
+    old, new = facts.get("rewards", {}), _rewards(trainer)
+    moved = sorted(name for name in {**old, **new} if old.get(name) != new.get(name))
+    if old and moved:
+        warnings.warn(
+            f"{owner}: reward functions are not all those that wrote the checkpoint ("
+            f"{', '.join(moved)} changed, or Python did). Pass rates that were learnt of the "
+            "problems, and the generation batch that goes on, are of the old ones.",
+            stacklevel=2,
+        )
 
 
 def load_run(
@@ -150,6 +189,7 @@ def load_run(
         return None
     found = load_selection(checkpoint, rank=None, name=_NAME, owner=owner)
     if found is None:
+        warn_of_no_state(owner, checkpoint)
         return None
     for name, value in {**facts, "world_size": world_size()}.items():
         if found[1][name] != value:
@@ -157,6 +197,7 @@ def load_run(
                 name, f"the checkpoint's ({found[1][name]})", value,
                 f"Resume {checkpoint} with the arguments that wrote it.",
             )  # fmt: skip
+    _check_data(trainer, found[1], owner)
     own = load_selection(checkpoint, rank=trainer.args.process_index, name=_NAME, owner=owner)
     assert own is not None
     restore_buffer(trainer, own[0], trainer.args.device)

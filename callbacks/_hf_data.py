@@ -8,7 +8,9 @@ behind, and a run that reads in other portions goes on with the row after them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -19,11 +21,17 @@ from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 
 from onlinesel._datasets import DataFacts
+from onlinesel._reading import generator_states, generators_of, set_generator_states
 from onlinesel.callbacks import _attach
+from onlinesel.callbacks._belonging import warn_of_workers
+from onlinesel.callbacks._checkpoint import load_selection, save_selection
 from onlinesel.callbacks._hf_batches import only_moves
+from onlinesel.fingerprint import rows_digest, same_rows
 from onlinesel.rows import ROW_ID, CarryColumns, NumberedRows, PlanSampler
 
 __all__ = ["ContinuedOrder", "TrainingData"]
+
+_ORDER = "selection-order"
 
 
 @dataclass(frozen=True)
@@ -121,9 +129,27 @@ class TrainingData:
         self._known = DataFacts.of(trainer.train_dataset)
         self.begin(None)
 
-    def begin(self, facts: dict[str, Any] | None) -> None:
-        """Start a run, behind what the facts of a checkpoint say was read."""
+    def begin(self, facts: dict[str, Any] | None, checkpoint: str | None = None) -> None:
+        """Start a run.
+
+        Args:
+            facts: Of the checkpoint that it goes on from, None if it has none.
+            checkpoint: Its folder.
+        """
         self._behind, self._sampler = facts, self._given
+        self._digest: dict[str, Any] | None = None
+        self._generators: list[torch.Generator] = []
+        self._drawn: Tensor | None = None
+        self._read = 0
+        self._standing: tuple[int, int] | None = None
+        if facts is not None:
+            self._check_rows(facts)
+        args = self._trainer.args
+        if facts is not None and not args.ignore_data_skip:
+            rank = args.process_index
+            found = load_selection(str(checkpoint), rank=rank, name=_ORDER)
+            warn_of_workers(args)
+            self._drawn = None if found is None else found[0]["generators"]
         if self._given is not None and facts is None:
             self._given.load_state_dict(self._fresh)  # another run of the same trainer begins anew
         self._order: _Order | None = None
@@ -205,6 +231,30 @@ class TrainingData:
 
     # Where the run stands -------------------------------------------------------------------
 
+    def _rows(self) -> dict[str, Any] | None:
+        """Return what the rows are recognised by; read once, where there is a checkpoint."""
+        dataset, args = self._trainer.train_dataset, self._trainer.args
+        if self._digest is None and not _attach.is_stream(dataset):
+            self._digest = rows_digest(dataset, workers=args.dataloader_num_workers)
+        return self._digest
+
+    def _check_rows(self, facts: dict[str, Any]) -> None:
+        """Refuse rows that are not the checkpoint's: numbers would mean other rows."""
+        before = facts.get("data", {}).get("content")
+        if same_rows(before, self._rows()):
+            return
+        if not self._trainer.args.ignore_data_skip:
+            _attach.refuse(
+                "train_dataset", f"the checkpoint's ({before})", self._rows(),
+                "Resume with the same rows in the same order, or set ignore_data_skip=True to "
+                "begin the data anew.",
+            )  # fmt: skip
+        warnings.warn(
+            "OnlineSelection: train_dataset holds other rows than the checkpoint's. What the "
+            "method remembers of them by number belongs to the old ones.",
+            stacklevel=2,
+        )
+
     def _survey(self, loader: Any) -> None:
         """Note in which portions the trainer reads, and go on behind a checkpoint."""
         try:
@@ -218,6 +268,7 @@ class TrainingData:
         self._steps = max(-(-batches // self._accumulate), 1) if batches else 0
         self._length = batches * self._portion
         self._order = _order_of(loader, self._sampler) if self._length else None
+        self._generators = generators_of(loader)
         stream = _attach.is_stream(self._trainer.train_dataset)
         self._reader = "a stream" if stream else type(_sampler_of(loader)).__name__
         if self._behind is not None and not args.ignore_data_skip:
@@ -236,8 +287,10 @@ class TrainingData:
         """
         facts: dict[str, Any] = {
             "step": step, "portion": self._portion, "accumulate": self._accumulate,
-            "order": self._reader, "streamed": False,
+            "order": self._reader, "streamed": False, "content": self._rows(),
         }  # fmt: skip
+        if not self._steps:
+            facts |= {"pass": self._epoch or 0, "read": self._read}
         if self._order is None:
             return facts
         epoch, read = self._trained(step)
@@ -256,6 +309,10 @@ class TrainingData:
                 _refuse_order(facts["world_size"], processes, "no place in the data in it")
             return
         now, order = self.facts(old["step"]), self._order
+        if order is None and facts["world_size"] != processes:
+            _refuse_order(facts["world_size"], processes, f"{old['order']} and {now['order']}")
+        if not self._steps and "pass" in old:
+            self._standing = old["pass"], old["read"]
         same = all(old[name] == now[name] for name in ("portion", "accumulate"))
         if same and not old["streamed"]:
             return
@@ -282,14 +339,54 @@ class TrainingData:
     def begin_epoch(self, step: int) -> None:
         """Tell our sampler its epoch; a trainer's call does not always arrive.
 
+        An order that is no function of seed and epoch is drawn from generators, which are put
+        where they stood when the epoch began that is gone on with.
+
         Args:
             step: Optimizer steps that have trained.
         """
-        if not self._steps:
-            return
-        self._epoch = step // self._steps if self._epoch is None else self._epoch + 1
+        first = self._epoch is None
+        if self._steps:
+            self._epoch = step // self._steps if self._epoch is None else self._epoch + 1
+        elif first:
+            self._epoch, self._read = self._standing or (0, 0)
+        else:
+            self._epoch, self._read = (self._epoch or 0) + 1, 0
         if self._sampler is not None:
             self._sampler.epoch = self._epoch
+        if self._order is None:
+            if first and self._drawn is not None:
+                set_generator_states(self._generators, self._drawn)
+            self._drawn = generator_states(self._generators)
+
+    def note(self, batches: int) -> None:
+        """Note that the trainer has fetched so many micro-batches more."""
+        self._read += batches
+
+    def save(self, folder: str, step: int) -> None:
+        """Write where this process's generators stood when its epoch began, if that matters."""
+        if self._order is not None:
+            return
+        drawn = self._drawn
+        if drawn is None or (self._steps and step % self._steps == 0):  # another epoch is next
+            drawn = generator_states(self._generators)
+        rank = self._trainer.args.process_index
+        save_selection(folder, {"generators": drawn}, {}, rank=rank, name=_ORDER)
+
+    def standing(self) -> AbstractContextManager[None]:
+        """Let the trainer begin where a stream stands, whose passes it cannot count.
+
+        It takes a stream without a length for one epoch, and would read past more rows than a pass
+        has.
+        """
+        init = self._trainer._init_training_state
+
+        def init_training_state(*args: Any, **kwargs: Any) -> tuple[int, int]:
+            found: tuple[int, int] = init(*args, **kwargs)
+            return found if self._standing is None else self._standing
+
+        changes = {"_init_training_state": init_training_state}
+        return _attach.overridden(self._trainer, changes)
 
 
 def _sampler_of(loader: Any) -> Any:

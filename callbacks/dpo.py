@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from onlinesel.callbacks import _attach
+from onlinesel.callbacks._belonging import check_added, check_own, warn_of_no_state
 from onlinesel.callbacks._hosts import TESTED_TRL, right_callback
 from onlinesel.callbacks._precision import warn_slow_bfloat16
 from onlinesel.callbacks._preference import TOKEN_VALUE, CarryTokenValues, WeighedModel, refuse
@@ -180,7 +181,7 @@ class PreferenceSelection(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse another trainer than the one that is wrapped."""
-        _attach.check_own(self, self._running, args)
+        check_own(self, self._running, args)
 
     # Checkpoints ----------------------------------------------------------------------------
 
@@ -202,11 +203,7 @@ class PreferenceSelection(TrainerCallback):
 
     def _on__inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Start or resume the generator together with the run."""
-        if self not in self.trainer.callback_handler.callbacks:
-            refuse(
-                "callback", "among the trainer's callbacks", "one that was only constructed",
-                "Write trainer.add_callback(PreferenceSelection(trainer, ...)).",
-            )  # fmt: skip
+        check_added(self)
         # Processes must not draw the same numbers for different rows.
         self._generator.manual_seed(self.seed + 1_000_003 * (self._rank or 0))
         self._resume(kwargs.get("resume_from_checkpoint"))
@@ -222,6 +219,7 @@ class PreferenceSelection(TrainerCallback):
             return
         found = load_selection(checkpoint, rank=self._rank, owner="PreferenceSelection")
         if found is None:
+            warn_of_no_state("PreferenceSelection", checkpoint)
             return
         tensors, facts = found
         for name, value in self._facts().items():

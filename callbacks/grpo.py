@@ -38,6 +38,7 @@ try:
 
     from onlinesel.callbacks import _attach
     from onlinesel.callbacks._announce import rollout_opening
+    from onlinesel.callbacks._belonging import check_added, check_own
     from onlinesel.callbacks._grpo_batch import BatchMaker
     from onlinesel.callbacks._grpo_checks import check, refuse
     from onlinesel.callbacks._grpo_loss import MicroLoss, Window, regroup
@@ -294,7 +295,7 @@ class RolloutSelection(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse another trainer than the one that is wrapped."""
-        _attach.check_own(self, self._running, args)
+        check_own(self, self._running, args)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock of the step."""
@@ -327,11 +328,7 @@ class RolloutSelection(TrainerCallback):
 
     def _on__inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Start or resume the selection together with the run."""
-        if self not in self.trainer.callback_handler.callbacks:
-            refuse(
-                "callback", "among the trainer's callbacks", "one that was only constructed",
-                "Write trainer.add_callback(RolloutSelection(trainer, ...)).",
-            )  # fmt: skip
+        check_added(self)
         if not self._idle:
             self.meter.step_began()  # embedding the prompts is part of what choosing costs
             self._begin(kwargs.get("resume_from_checkpoint"))

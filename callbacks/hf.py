@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from onlinesel.agreement import check_arguments, check_candidates
 from onlinesel.callbacks import _attach
 from onlinesel.callbacks._announce import opening
+from onlinesel.callbacks._belonging import check_added, check_own, warn_of_no_state
 from onlinesel.callbacks._fused import FusedHeadScorer
 from onlinesel.callbacks._hf_batches import RowBatches
 from onlinesel.callbacks._hf_data import TrainingData
@@ -235,7 +236,7 @@ class OnlineSelection(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse another trainer than the one that is wrapped."""
-        _attach.check_own(self, self._running, args)
+        check_own(self, self._running, args)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the order of the rows its epoch, which comes from the run's own counter."""
@@ -250,6 +251,7 @@ class OnlineSelection(TrainerCallback):
         self._meter.fetch()
         count_on = device if self.shadow else self._data.counts_on(device)
         batches, items = self._call["get_batch_samples"](epoch_iterator, num_batches, count_on)
+        self._data.note(len(batches))
         if not batches:
             return batches, items
         batches, columns, ids, groups, given = self._rows.take_apart(self.trainer, batches)
@@ -349,6 +351,7 @@ class OnlineSelection(TrainerCallback):
     def _on__save_rng_state(self, output_dir: str) -> None:
         """Write the state beside the trainer's own, before the checkpoint counts as complete."""
         self._call["_save_rng_state"](output_dir)
+        self._data.save(output_dir, self.trainer.state.global_step)
         if self._rank is None and not self.trainer.args.should_save:
             return
         facts = self._facts() | {
@@ -359,11 +362,7 @@ class OnlineSelection(TrainerCallback):
 
     def _on__inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Start or resume the selection together with the run."""
-        if self not in self.trainer.callback_handler.callbacks:
-            _attach.refuse(
-                "callback", "among the trainer's callbacks", "one that was only constructed",
-                "Write trainer.add_callback(OnlineSelection(trainer, ...)).",
-            )  # fmt: skip
+        check_added(self)
         # Ranks that decide alone must not draw the same numbers for different rows.
         seed = self.seed + 1_000_003 * (self._rank or 0)
         self.selector = Selector(self.selector.strategy, seed=seed)
@@ -381,7 +380,8 @@ class OnlineSelection(TrainerCallback):
         self._meter.start(step, writes=self.trainer.args.process_index == 0)
         self._running = True
         try:
-            return self._call["_inner_training_loop"](*args, **kwargs)
+            with self._data.standing():
+                return self._call["_inner_training_loop"](*args, **kwargs)
         finally:
             self._running = False
             self._meter.stop()
@@ -394,5 +394,7 @@ class OnlineSelection(TrainerCallback):
                 checkpoint, self.selector, self._domains, self._facts(), self._rank,
                 self.trainer.args.world_size,
             )  # fmt: skip
-        self._data.begin(facts)
+            if facts is None:
+                warn_of_no_state("OnlineSelection", checkpoint)
+        self._data.begin(facts, checkpoint)
         return None if facts is None else self.selector.step

@@ -36,7 +36,8 @@ def test_the_comparison_sees_a_lost_state(tmp_path: Path) -> None:
     for file in (tmp_path / "SelectiveBackprop" / f"checkpoint-{resuming.STOP}").glob("selection*"):
         file.unlink()
     _, whole = resuming.train(tmp_path / "again", "SelectiveBackprop", resume=False)
-    _, resumed = resuming.train(tmp_path, "SelectiveBackprop", resume=True)
+    with pytest.warns(UserWarning, match="has no state of the selection"):
+        _, resumed = resuming.train(tmp_path, "SelectiveBackprop", resume=True)
     pairs = zip(whole[resuming.STOP :], resumed, strict=True)
     assert any(not torch.equal(a["weights"], b["weights"]) for a, b in pairs)
 
@@ -109,7 +110,8 @@ def test_a_checkpoint_without_selection_starts_it_afresh(tmp_path: Path) -> None
     plain.train()
     trainer = make_trainer(tmp_path / "other", max_steps=3)
     callback = attach(trainer, Uniform(), candidates=2)
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.warns(UserWarning, match="has no state of the selection, which begins anew"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert callback.selector.step == 3
 
 
