@@ -9,16 +9,13 @@ behind, and a run that reads in other portions goes on with the row after them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderShard
 from torch import Tensor
-from torch.utils.data import Sampler, SequentialSampler
 
 from onlinesel._datasets import DataFacts
 from onlinesel._reading import generator_states, generators_of, set_generator_states
@@ -26,80 +23,13 @@ from onlinesel.callbacks import _attach
 from onlinesel.callbacks._belonging import warn_of_workers
 from onlinesel.callbacks._checkpoint import load_selection, save_selection
 from onlinesel.callbacks._hf_batches import only_moves
+from onlinesel.callbacks._hf_order import ContinuedOrder, EpochOrder, order_of, sampler_of
 from onlinesel.fingerprint import rows_digest, same_rows
 from onlinesel.rows import ROW_ID, CarryColumns, NumberedRows, PlanSampler
 
-__all__ = ["ContinuedOrder", "TrainingData"]
+__all__ = ["TrainingData"]
 
 _ORDER = "selection-order"
-
-
-@dataclass(frozen=True)
-class _Order:
-    """The rows of an epoch as a function of its number.
-
-    Attributes:
-        rows: Of an epoch.
-        of: ``epoch -> rows``, lazily.
-        seed: What the shuffles start from, None where there are none of the trainer's.
-    """
-
-    rows: int
-    of: Callable[[int], Iterator[int]]
-    seed: int | None = None
-
-
-class ContinuedOrder(Sampler[int]):
-    """Epochs one after the other as one stream of rows, read in portions of another length.
-
-    Args:
-        order: ``epoch -> rows``.
-        rows: Rows of an epoch.
-        behind: Rows of the stream that have been read.
-        origin: Place in the stream at which the trainer's epoch 0 would begin; may be negative.
-        length: Rows that the trainer reads in what it counts as an epoch.
-
-    Attributes:
-        epoch: The trainer's epoch that the next ``iter`` reads.
-
-    Example:
-        >>> from onlinesel.callbacks._hf_data import ContinuedOrder
-        >>> order = lambda epoch: iter([10 * epoch, 10 * epoch + 1, 10 * epoch + 2])
-        >>> stream = ContinuedOrder(order, 3, behind=2, origin=2, length=2)
-        >>> list(stream)
-        [2, 10]
-        >>> stream.epoch = 1
-        >>> list(stream)
-        [11, 12]
-    """
-
-    def __init__(
-        self,
-        order: Callable[[int], Iterator[int]],
-        rows: int,
-        *,
-        behind: int,
-        origin: int,
-        length: int,
-    ) -> None:
-        self.order, self.rows, self.behind, self.origin = order, rows, behind, origin
-        self.length, self.epoch = length, 0
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        start = self.origin + self.epoch * self.length
-        # The trainer skips them unseen, and an order that moves must not be asked for old epochs.
-        before = min(max(self.behind - start, 0), self.length)
-        yield from (0 for _ in range(before))
-        number, first = divmod(start + before, self.rows)
-        left = self.length - before
-        while left:
-            for row in islice(self.order(number), first, min(self.rows, first + left)):
-                yield row
-                left -= 1
-            number, first = number + 1, 0
 
 
 class TrainingData:
@@ -152,7 +82,7 @@ class TrainingData:
             self._drawn = None if found is None else found[0]["generators"]
         if self._given is not None and facts is None:
             self._given.load_state_dict(self._fresh)  # another run of the same trainer begins anew
-        self._order: _Order | None = None
+        self._order: EpochOrder | None = None
         self._epoch: int | None = None
         self._steps = 0
 
@@ -267,10 +197,10 @@ class TrainingData:
         self._accumulate = args.gradient_accumulation_steps
         self._steps = max(-(-batches // self._accumulate), 1) if batches else 0
         self._length = batches * self._portion
-        self._order = _order_of(loader, self._sampler) if self._length else None
+        self._order = order_of(loader, self._sampler) if self._length else None
         self._generators = generators_of(loader)
         stream = _attach.is_stream(self._trainer.train_dataset)
-        self._reader = "a stream" if stream else type(_sampler_of(loader)).__name__
+        self._reader = "a stream" if stream else type(sampler_of(loader)).__name__
         if self._behind is not None and not args.ignore_data_skip:
             self._continue(loader, self._behind)
 
@@ -327,7 +257,7 @@ class TrainingData:
         if not old["streamed"] and old["place"] == now["place"]:
             return
         epoch, read = self._trained(old["step"])
-        stream = _order_of(loader, self._sampler, seed=old["seed"])
+        stream = order_of(loader, self._sampler, seed=old["seed"])
         assert stream is not None
         self._sampler = ContinuedOrder(
             stream.of, order.rows, behind=old["place"], length=self._length,
@@ -387,46 +317,6 @@ class TrainingData:
 
         changes = {"_init_training_state": init_training_state}
         return _attach.overridden(self._trainer, changes)
-
-
-def _sampler_of(loader: Any) -> Any:
-    """Return the sampler inside the batch samplers that accelerate nests."""
-    found: Any = getattr(loader, "batch_sampler", None)
-    while hasattr(found, "batch_sampler"):
-        found = found.batch_sampler
-    return getattr(found, "sampler", None)
-
-
-def _order_of(loader: Any, ours: Any, seed: int | None = None) -> _Order | None:
-    """Return the order of a loader's rows, None where it is no function of seed and epoch.
-
-    Args:
-        loader: What the trainer built.
-        ours: Our sampler, if it has one.
-        seed: Of the shuffles, if not the sampler's own.
-    """
-    if ours is not None:
-
-        def draw(epoch: int) -> Iterator[int]:
-            ours.epoch = epoch
-            return iter(ours)
-
-        return _Order(len(ours), draw)
-    sampler = _sampler_of(loader)
-    if type(sampler) is SequentialSampler:
-        rows = len(sampler)
-        return _Order(rows, lambda _: iter(range(rows)))
-    if type(sampler).__name__ != "SeedableRandomSampler":  # accelerate's
-        return None
-    shuffler: Any = sampler
-    if seed is not None:
-        shuffler.initial_seed = seed
-
-    def shuffle(epoch: int) -> Iterator[int]:
-        shuffler.set_epoch(epoch)
-        return iter(list(shuffler))
-
-    return _Order(len(shuffler), shuffle, shuffler.initial_seed)
 
 
 def _refuse_order(before: int, now: int, got: str) -> None:

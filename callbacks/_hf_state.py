@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from onlinesel.callbacks import _attach
+from onlinesel.callbacks._belonging import warn_of_no_state
 from onlinesel.callbacks._checkpoint import load_selections, save_selection
 from onlinesel.selector import Selector
 
@@ -85,6 +86,7 @@ def resume_run(
     """
     states = load_selections(checkpoint, rank=rank, world_size=world_size)
     if not states:
+        warn_of_no_state("OnlineSelection", checkpoint)
         return None
     step = states[0][1]["step"]
     for _, facts in states:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from onlinesel.agreement import check_arguments, check_candidates
 from onlinesel.callbacks import _attach
 from onlinesel.callbacks._announce import opening
-from onlinesel.callbacks._belonging import check_added, check_own, warn_of_no_state
+from onlinesel.callbacks._belonging import check_added, check_own
 from onlinesel.callbacks._fused import FusedHeadScorer
 from onlinesel.callbacks._hf_batches import RowBatches
 from onlinesel.callbacks._hf_data import TrainingData
@@ -394,7 +394,5 @@ class OnlineSelection(TrainerCallback):
                 checkpoint, self.selector, self._domains, self._facts(), self._rank,
                 self.trainer.args.world_size,
             )  # fmt: skip
-            if facts is None:
-                warn_of_no_state("OnlineSelection", checkpoint)
         self._data.begin(facts, checkpoint)
         return None if facts is None else self.selector.step
