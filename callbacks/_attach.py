@@ -34,6 +34,7 @@ __all__ = [
     "is_zero3",
     "overridden",
     "refuse",
+    "seed_of",
 ]
 
 _MISSING = object()
@@ -61,6 +62,12 @@ def restore(owner: Any, before: Mapping[str, Any]) -> None:
             owner.__dict__[name] = value
 
 
+def restore_all(before: list[tuple[Any, Mapping[str, Any]]]) -> None:
+    """Put back what :func:`wrap` returned of several instances, the last first."""
+    while before:
+        restore(*before.pop())
+
+
 def wrap(owner: Any, methods: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
     """Put methods over an instance's; returns what :func:`restore` needs."""
     before = {name: owner.__dict__.get(name, _MISSING) for name in methods}
@@ -71,6 +78,11 @@ def wrap(owner: Any, methods: Mapping[str, Callable[..., Any]]) -> dict[str, Any
 def refuse(argument: str, rule: str, got: object, remedy: str) -> None:
     """Raise the designed error of the callback."""
     raise ValueError(f"OnlineSelection: {argument} must be {rule}, got {got}. {remedy}")
+
+
+def seed_of(trainer: Any) -> int:
+    """Return the trainer's seed, 0 where it is no trainer, which is refused later."""
+    return int(getattr(getattr(trainer, "args", None), "seed", 0))
 
 
 def is_sft(trainer: Any) -> bool:

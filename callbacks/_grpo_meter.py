@@ -55,7 +55,13 @@ class RolloutMeter(Meter):
     cpu_seconds: float
     rollouts = tokens = rejected_tokens = 0
 
-    def start(self, resume_step: int | None, totals: dict[str, float], writes: bool) -> None:
+    def start(
+        self,
+        resume_step: int | None,
+        totals: dict[str, float],
+        writes: bool,
+        trial: int | None = None,
+    ) -> None:
         """Begin a run, or go on with one whose ``totals`` a checkpoint remembers.
 
         What was spent since :meth:`step_began`, on embedding the prompts, is part of a new run.
@@ -71,7 +77,7 @@ class RolloutMeter(Meter):
             setattr(self, name, totals.get(name, 0))
         self.seconds += spent[0]
         self.cpu_seconds += spent[1]
-        self.open(resume_step, writes)
+        self.open(resume_step, writes, trial)
 
     def totals(self) -> dict[str, float]:
         """Return what must survive a checkpoint."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,44 @@ from torch import Tensor
 from onlinesel.callbacks import _attach
 from onlinesel.callbacks._belonging import warn_of_no_state
 from onlinesel.callbacks._checkpoint import load_selections, save_selection
+from onlinesel.callbacks._record import trainer_settings
 from onlinesel.selector import Selector
+from onlinesel.types import Strategy
 
-__all__ = ["resume_run", "save_run"]
+__all__ = ["record_facts", "resume_run", "run_facts", "save_run", "trained_steps"]
+
+
+def run_facts(callback: Any, strategy: Strategy) -> dict[str, Any]:
+    """Return the settings of a callback that a checkpoint is held against."""
+    mixture = callback.mixture
+    return {
+        "strategy": repr(strategy),
+        "candidates": callback.candidates,
+        "scope": callback.scope,
+        "normalize": callback.normalize,
+        "ids": callback.ids,
+        "seed": callback.seed,
+        "groups": callback.groups,
+        "mixture": None if mixture is None else repr(mixture),
+    }
+
+
+def record_facts(callback: Any) -> dict[str, Any]:
+    """Return what the record of a run says of it, in which its arm and its seeds are found."""
+    strategy, trainer = callback.selector.strategy, callback.trainer
+    return {
+        **run_facts(callback, strategy),
+        "name": type(strategy).__name__,
+        "shadow": callback.shadow or None,
+        "trainer_seed": trainer.args.seed,
+        "settings": trainer_settings(trainer),
+    }
+
+
+def trained_steps(checkpoint: str) -> int:
+    """Return the optimizer steps that a trainer's checkpoint has trained."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_bytes())
+    return int(state["global_step"])
 
 
 def save_run(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from onlinesel.callbacks._announce import counted, percent, say
+from onlinesel.callbacks._record import Record
 from onlinesel.report.runlog import RunLog
 from onlinesel.selector import describe
 from onlinesel.step import StepPlan
@@ -24,6 +25,13 @@ __all__ = ["BRIEF", "Means", "Meter", "StepMeter"]
 
 BRIEF = ("kept_share", "score_share", "score_kept", "nonfinite")
 """What the log of a step has by default, the last where it is not 0."""
+
+
+Place: TypeAlias = str | Path | RunLog | Record | None
+"""Where a run is written down."""
+
+Facts: TypeAlias = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
+"""Entries of ``run.json``, or what gives them."""
 
 
 class Means:
@@ -53,11 +61,14 @@ class Meter:
     Args:
         record: Where every decision is written down: a folder, a :class:`RunLog` that the caller
             has started, or None.
-        facts: Entries of ``run.json``, used if ``record`` is a folder.
+        facts: Entries of ``run.json``, used if ``record`` is a folder; or what gives them when a
+            run begins.
     """
 
-    def __init__(self, record: str | Path | RunLog | None, facts: dict[str, Any]) -> None:
-        self._record, self._facts = record, facts
+    def __init__(self, record: Place, facts: Facts) -> None:
+        self._record = record if isinstance(record, Record) else Record(record)
+        self._facts = facts
+        self._said: dict[str, Any] = {}
         self._log: RunLog | None = None
         self._opened = False
         self._writes = True
@@ -65,20 +76,16 @@ class Meter:
         self.seconds = self.cpu_seconds = 0.0
         self.rows = 0
 
-    def open(self, resume_step: int | None, writes: bool) -> None:
+    def open(self, resume_step: int | None, writes: bool, trial: int | None = None) -> None:
         """Open the record, where there is one; ``writes`` on the one process that keeps it.
 
         ``resume_step`` is None unless a checkpoint is resumed: a folder that holds a run already is
         then refused rather than emptied.
         """
         self._opened, self._writes = False, writes
-        if self._record is None or not writes:
-            return
-        if isinstance(self._record, RunLog):
-            self._log = self._record
-            return
-        self._log = RunLog(self._record, resume_step=resume_step)
-        self._log.start(**self._facts)
+        self._said = dict(self._facts() if callable(self._facts) else self._facts)
+        if writes:
+            self._log = self._record.open(self._said, resume_step, trial)
 
     def announce(self, opening: Callable[[], str]) -> None:
         """Say the line with which a run starts, once, on the one process that writes."""
@@ -142,8 +149,8 @@ class StepMeter(Meter):
 
     def __init__(
         self,
-        record: str | Path | RunLog | None,
-        facts: dict[str, Any],
+        record: Place,
+        facts: Facts,
         *,
         log_all: bool = False,
         shadow: bool = False,
@@ -153,12 +160,19 @@ class StepMeter(Meter):
         self._tally = _Tally()
         self._asked: set[str] = set()
 
-    def start(self, resume_step: int | None, writes: bool) -> None:
-        """Begin a run, with the record as :meth:`open` does."""
+    def start(self, resume_step: int | None, writes: bool, trial: int | None = None) -> None:
+        """Begin a run, with the record as :meth:`open` does.
+
+        Seconds and rows go on from those of the record's last step that stays.
+        """
         self._means.drain()
         self._plan, self._saved, self.undefined = None, 0.0, False
         self._tally = _Tally()
-        self.open(resume_step, writes)
+        self.open(resume_step, writes, trial)
+        last = None if self._log is None or resume_step is None else self._log.last_step()
+        self.seconds = 0.0 if last is None else last.seconds
+        self.cpu_seconds = 0.0 if last is None else last.cpu_seconds
+        self.rows, self.candidates = (0, 0) if last is None else (last.rows, last.candidates)
 
     def fetch(self) -> None:
         """Note that a step begins, with the loading of its candidates."""
@@ -229,7 +243,7 @@ class StepMeter(Meter):
             return None
         share = tally.choosing / max(tally.seconds, 1e-9)
         line = (
-            f"{self._facts['name']} {self._trained} {tally.rows:,} of {tally.candidates:,} "
+            f"{self._said['name']} {self._trained} {tally.rows:,} of {tally.candidates:,} "
             f"candidate rows in {counted(tally.steps, 'step')} and dropped "
             f"{tally.candidates - tally.rows:,}; choosing took {tally.choosing:,.3g} s, "
             f"{percent(share)} of the steps' {tally.seconds:,.3g} s: it saves time if it needs at "

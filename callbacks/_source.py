@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,15 +20,15 @@ from onlinesel.agreement import (
 from onlinesel.batch import is_causal
 from onlinesel.callbacks._announce import epoch_steps, opening
 from onlinesel.callbacks._labels import LabelRule, ask_model
-from onlinesel.callbacks._meter import StepMeter
+from onlinesel.callbacks._meter import Place, StepMeter
 from onlinesel.callbacks._micro_batch import MicroBatch
+from onlinesel.callbacks._record import model_settings
 from onlinesel.callbacks._replay import HELD, SCORER, check_limit
 from onlinesel.callbacks._replay import refuse as refuse_reuse
 from onlinesel.columns import map_tensors
 from onlinesel.distributed import gather_signals, rank, world_size
 from onlinesel.loader import CandidateLoader, Candidates
 from onlinesel.loss_probe import LossFacts, Probe, differs
-from onlinesel.report.runlog import RunLog
 from onlinesel.rows import FILLER_ID
 from onlinesel.scoring import CausalLMScorer, evaluating, unwrap
 from onlinesel.selector import Selector
@@ -68,7 +67,7 @@ class StepSource:
         groups: str | None,
         order: Any,
         reference: nn.Module | str | None,
-        record: str | Path | RunLog | None,
+        record: Place,
         reuse_forward: bool,
         reuse_limit: float | None,
         log_all: bool,
@@ -102,8 +101,14 @@ class StepSource:
             )  # fmt: skip
         self._moves_order = bool(told)
         self.observing = bool(self.strategy.observes) or self._moves_order
-        name = {"name": type(self.strategy).__name__}
-        self.meter = StepMeter(record, self.facts() | name, log_all=log_all)
+        self.told: dict[str, Any] = {}  # of the run, for its record
+        self.meter = StepMeter(record, self._record_facts, log_all=log_all)
+
+    def _record_facts(self) -> dict[str, Any]:
+        """Return the entries of ``run.json``, once a run begins."""
+        settings = model_settings(self._core) | self.reader.facts() | self.told
+        name, seed = type(self.strategy).__name__, torch.initial_seed()
+        return self.facts() | {"name": name, "trainer_seed": seed, "settings": settings}
 
     def facts(self) -> dict[str, Any]:
         """Return the settings that a checkpoint is held against and that ranks must share."""

@@ -57,6 +57,7 @@ try:
         save_run,
     )
     from onlinesel.callbacks._grpo_tokens import TokenTerm
+    from onlinesel.callbacks._record import trainer_settings
     from onlinesel.rows import NumberedRows
 except ImportError as error:
     raise ImportError(
@@ -114,7 +115,7 @@ class RolloutSelection(TrainerCallback):
             name are ``"name#1"``, ``"name#2"``.
         success: Outcome above which an answer is right. None takes outcomes as they are: 0, 1, and
             between them graded ones, which count as that fraction of a right answer.
-        seed: Of the selection's own generators, the same on all ranks.
+        seed: Of the selection's own generators, the same on all ranks; None takes the trainer's.
         reward_timeout: Seconds after which a reward function that does not answer ends the run,
             on all ranks; None for no bound.
         record: Folder (or an open :class:`onlinesel.report.runlog.RunLog`) for ``onlinesel
@@ -154,7 +155,7 @@ class RolloutSelection(TrainerCallback):
         fused_logprobs: bool = False,
         outcome: str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | None = None,
         success: float | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         reward_timeout: float | None = None,
         record: str | Path | RunLog | None = None,
     ) -> None:
@@ -162,7 +163,8 @@ class RolloutSelection(TrainerCallback):
             "gate": gate, "refill": refill, "prompts": prompts, "rollouts": rollouts,
             "advantages": advantages, "tokens": tokens, "temperature": temperature,
         }  # fmt: skip
-        self.trainer, self.seed, self.success = trainer, seed, success
+        self.trainer, self.success = trainer, success
+        self.seed = _attach.seed_of(trainer) if seed is None else seed
         check(trainer, self.parts, success, fused_logprobs)
         deciding = ("gate", "prompts", "rollouts", "advantages")
         self._outcomes = Outcomes(
@@ -176,7 +178,7 @@ class RolloutSelection(TrainerCallback):
         self._guard = RewardGuard(reward_timeout)
         scores = bool(advantages and advantages.needs_scores)
         self._tokens = TokenTerm(trainer, tokens, temperature, scores, fused_logprobs)
-        self.meter = RolloutMeter(record, {"name": _name(gate, prompts), **self._facts()})
+        self.meter = RolloutMeter(record, self._told)
         self._maker: BatchMaker | None = None
         self._running, self._window = False, Window()
         methods = {name: getattr(self, f"_on_{name}") for name in _WRAPPED}
@@ -313,6 +315,12 @@ class RolloutSelection(TrainerCallback):
         self._call["log"](logs, *args, **kwargs)
         self.meter.evaluated(self.trainer.state.global_step, logs)
 
+    def _told(self) -> dict[str, Any]:
+        """Return what a record says of the run."""
+        settings, seed = trainer_settings(self.trainer), self.trainer.args.seed
+        name = _name(self.parts["gate"], self.parts["prompts"])
+        return self._facts() | {"name": name, "trainer_seed": seed, "settings": settings}
+
     def _facts(self) -> dict[str, Any]:
         return {name: repr(value) for name, value in self.parts.items()} | {
             "num_generations": self.trainer.num_generations,
@@ -331,7 +339,8 @@ class RolloutSelection(TrainerCallback):
         check_added(self)
         if not self._idle:
             self.meter.step_began()  # embedding the prompts is part of what choosing costs
-            self._begin(kwargs.get("resume_from_checkpoint"))
+            trial = getattr(kwargs.get("trial"), "number", None)
+            self._begin(kwargs.get("resume_from_checkpoint"), trial)
         self._running = True
         try:
             return self._call["_inner_training_loop"](*args, **kwargs)
@@ -340,7 +349,7 @@ class RolloutSelection(TrainerCallback):
             self.meter.table(self.prompt_table())
             self.meter.stop()
 
-    def _begin(self, checkpoint: str | None) -> None:
+    def _begin(self, checkpoint: str | None, trial: int | None) -> None:
         found = load_run(self.trainer, checkpoint, self._facts(), type(self).__name__)
         state, facts = found if found is not None else ({}, {})
         refill = self.parts["refill"]
@@ -366,7 +375,7 @@ class RolloutSelection(TrainerCallback):
             self._tokens.heat = part(state, "heat") or None
         resumed = None if found is None else int(facts["step"])
         writes = self.trainer.args.process_index == 0
-        self.meter.start(resumed, facts.get("totals", {}), writes)
+        self.meter.start(resumed, facts.get("totals", {}), writes, trial)
         self.meter.announce(partial(rollout_opening, self.trainer, self.parts))
 
     def _on__save_rng_state(self, output_dir: str) -> None:

@@ -54,7 +54,13 @@ from onlinesel.types import Scorer, Signals, Strategy
 try:
     from transformers import TrainerCallback
 
-    from onlinesel.callbacks._hf_state import resume_run, save_run
+    from onlinesel.callbacks._hf_state import (
+        record_facts,
+        resume_run,
+        run_facts,
+        save_run,
+        trained_steps,
+    )
     from onlinesel.callbacks._reuse import reuse_in_trainer
 except ImportError as error:
     raise ImportError(
@@ -93,7 +99,8 @@ class OnlineSelection(TrainerCallback):
         scope: What competes: ``"global"`` all candidates of the optimizer step, over every
             micro-batch and rank; ``"rank"`` those of this rank; ``"batch"`` each micro-batch alone.
         normalize: ``"tokens"``, ``"samples"``, ``"rows"``; None takes the strategy's own.
-        seed: Of the selection's own generator; the trainer's generators are never touched.
+        seed: Of the selection's own generator; None takes the trainer's seed. The trainer's
+            generators are never touched.
         ids: ``"auto"`` uses a column ``sample_id`` if there is one, else the row number of a
             map-style dataset, else a hash of the row's tokens; ``"hash"`` always hashes; another
             name is an integer column.
@@ -142,7 +149,7 @@ class OnlineSelection(TrainerCallback):
         candidates: int = 1,
         scope: str = "global",
         normalize: str | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         ids: str = "auto",
         shadow: bool = False,
         reference: nn.Module | str | None = None,
@@ -154,6 +161,7 @@ class OnlineSelection(TrainerCallback):
         reuse_limit: float | None = None,
         log_all: bool = False,
     ) -> None:
+        seed = _attach.seed_of(trainer) if seed is None else seed
         _attach.check_ranks(
             trainer, strategy=strategy, candidates=candidates, scope=scope, normalize=normalize,
             seed=seed, ids=ids, shadow=shadow, groups=groups, mixture=mixture,
@@ -187,8 +195,7 @@ class OnlineSelection(TrainerCallback):
         self._scorer = scorer or (FusedHeadScorer if apart else CausalLMScorer)(
             needs, reference=reference, **strategy.scorer_options
         )
-        facts = self._facts() | {"name": type(strategy).__name__}
-        self._meter = StepMeter(record, facts, log_all=log_all, shadow=shadow)
+        self._meter = StepMeter(record, partial(record_facts, self), log_all=log_all, shadow=shadow)
         self._trained, self._rows = TrainedLosses(), RowBatches()
         check_candidates("OnlineSelection", strategy, candidates)
         self._call = {name: getattr(trainer, name) for name in _WRAPPED}
@@ -337,10 +344,8 @@ class OnlineSelection(TrainerCallback):
         self._meter.evaluated(state.global_step, kwargs["metrics"])
 
     def _facts(self) -> dict[str, Any]:
-        plain = ("candidates", "scope", "normalize", "ids", "seed", "groups")
-        mixture = None if self.mixture is None else repr(self.mixture)
-        settings = {name: getattr(self, name) for name in plain} | {"mixture": mixture}
-        return {"strategy": repr(self.selector.strategy)} | settings
+        """Return what a checkpoint must agree with."""
+        return run_facts(self, self.selector.strategy)
 
     @property
     def _rank(self) -> int | None:
@@ -377,7 +382,8 @@ class OnlineSelection(TrainerCallback):
         if isinstance(self._scorer, CausalLMScorer):
             self._scorer.reset()
         step = self._resume(kwargs.get("resume_from_checkpoint"))
-        self._meter.start(step, writes=self.trainer.args.process_index == 0)
+        trial = getattr(kwargs.get("trial"), "number", None)
+        self._meter.start(step, self.trainer.args.process_index == 0, trial)
         self._running = True
         try:
             with self._data.standing():
@@ -387,7 +393,7 @@ class OnlineSelection(TrainerCallback):
             self._meter.stop()
 
     def _resume(self, checkpoint: str | None) -> int | None:
-        """Read the state of a checkpoint; return its step, None if it has no selection."""
+        """Read the state of a checkpoint; return its step, None without one."""
         facts = None
         if checkpoint is not None:
             facts = resume_run(
@@ -395,4 +401,5 @@ class OnlineSelection(TrainerCallback):
                 self.trainer.args.world_size,
             )  # fmt: skip
         self._data.begin(facts, checkpoint)
-        return None if facts is None else self.selector.step
+        # A record goes on where the trainer does, with or without a state of the selection.
+        return None if checkpoint is None else trained_steps(checkpoint)

@@ -33,6 +33,7 @@ from onlinesel.callbacks._lightning_run import (
     through_strategy,
 )
 from onlinesel.callbacks._micro_batch import MicroBatch, needs_weighted_mean
+from onlinesel.callbacks._record import Record, optimizer_settings
 from onlinesel.callbacks._replay import Replay
 from onlinesel.callbacks._source import Score, StepSource
 from onlinesel.columns import as_columns
@@ -143,7 +144,7 @@ class OnlineSelection(Callback):
         self._make = partial(
             StepSource, "OnlineSelection", strategy, candidates=candidates, scope=scope,
             normalize=normalize, seed=seed, score=score, ids=ids, groups=groups, order=order,
-            reference=reference, record=record, reuse_forward=reuse_forward,
+            reference=reference, record=Record(record), reuse_forward=reuse_forward,
             reuse_limit=reuse_limit, log_all=log_all,
         )  # fmt: skip
         self._source = self._make()
@@ -212,8 +213,7 @@ class OnlineSelection(Callback):
             self._before.append((owner, _attach.wrap(owner, methods)))
 
     def _restore(self) -> None:
-        while self._before:
-            _attach.restore(*self._before.pop())
+        _attach.restore_all(self._before)
         self._forget()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -239,6 +239,7 @@ class OnlineSelection(Callback):
                     "this epoch is not known.",
                 )  # fmt: skip
             begin_epoch(trainer.fit_loop)
+        self._source.told = optimizer_settings(trainer.optimizers)
         self._source.meter.start(self.step or None, writes=rank() == 0)
 
     # Data -----------------------------------------------------------------------------------

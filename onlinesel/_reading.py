@@ -149,17 +149,30 @@ def numbered_parts(base: DataLoader[Any]) -> dict[str, Any]:
     return {"dataset": Numbered(base.dataset), "collate_fn": Paired(base.collate_fn)}
 
 
-def begin_workers(base: DataLoader[Any]) -> None:
-    """Let the workers of a loader begin that keeps them, unless they have.
+def begin_workers(base: DataLoader[Any], kept: Any, *, plain: bool) -> Any:
+    """Let the workers of a loader that keeps them begin, unless they have.
 
     What torch draws when they begin comes once in a run. Their first pass is empty, so that a
     sampler draws from where the epoch begins in the epoch in which they begin as in all others.
+
+    Args:
+        base: The loader.
+        kept: Its iterator over numbered rows, None if there is none yet.
+        plain: Whether its rows are read without their numbers, and its iterator is its own.
+
+    Returns:
+        The iterator over numbered rows, None if there is none.
     """
-    if vars(base)["_iterator"] is None:
-        batching: list[Any] = []
-        with standing_in(base, batch_sampler=Cells(lambda: chain.from_iterable(batching))):
-            iter(base)
-        batching.append(base.batch_sampler)
+    if not base.num_workers or not base.persistent_workers:
+        return kept
+    parts = {} if plain else {"_iterator": kept, **numbered_parts(base)}
+    with standing_in(base, **parts):
+        if vars(base)["_iterator"] is None:
+            batching: list[Any] = []
+            with standing_in(base, batch_sampler=Cells(lambda: chain.from_iterable(batching))):
+                iter(base)
+            batching.append(base.batch_sampler)
+        return kept if plain else vars(base)["_iterator"]
 
 
 def named_column(wanted: str) -> str:

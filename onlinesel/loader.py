@@ -316,15 +316,8 @@ class CandidateLoader:
 
     def _begin_workers(self) -> None:
         """Let workers that persist begin before anything of the epoch is drawn."""
-        base = self._base
-        if base is None or not base.num_workers or not base.persistent_workers:
-            return
-        if self._ids == "hash":
-            begin_workers(base)
-        else:
-            with standing_in(base, _iterator=self._workers, **numbered_parts(base)):
-                begin_workers(base)
-                self._workers = vars(base)["_iterator"]
+        if self._base is not None:
+            self._workers = begin_workers(self._base, self._workers, plain=self._ids == "hash")
 
     def _batches(self) -> Iterator[tuple[Tensor | None, Any]]:
         if self._base is None or self._ids == "hash":

@@ -158,7 +158,9 @@ class RolloutArguments:
         default="mixed",
         metadata={"help": f"Problems without a model: one of {', '.join(TASKS)}."},
     )
-    selection_seed: int = field(default=0, metadata={"help": "Seed of the selection."})
+    selection_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the selection; the trainer's by default."}
+    )
     record: str | None = field(
         default=None,
         metadata={"help": "Folder for the record of `onlinesel report` and `onlinesel prompts`."},

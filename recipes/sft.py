@@ -88,8 +88,8 @@ class SelectionArguments:
         default=None,
         metadata={"help": "Mean over tokens or over samples; the method's own by default."},
     )
-    selection_seed: int = field(
-        default=0, metadata={"help": "Seed of the selection; the trainer's seed is another."}
+    selection_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the selection; the trainer's by default."}
     )
     reference: str | None = field(
         default=None,

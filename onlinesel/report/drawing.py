@@ -182,19 +182,19 @@ def line(
     y: Sequence[float] | npt.NDArray[np.float64],
     style: Style,
     name: str = "",
-    marks: slice | None = None,
+    marks: Sequence[int] | None = None,
 ) -> None:
-    """Draw the line of an arm, with a marker here and there, or at `marks`.
+    """Draw the line of an arm, with a marker here and there, or at the points `marks`.
 
     Example:
         >>> canvas = Canvas()
         >>> with canvas.axes() as (axes,):
         ...     line(axes, canvas, [0.0, 1.0], [2.0, 1.0], Style("c1", "o", "-"))
     """
-    every = {*range(len(x))[marks or slice(len(x) // 8, -(len(x) // 8), max(1, len(x) // 4))]}
-    every |= set() if marks else {len(x) - 1}
+    if marks is None:
+        marks = [*range(len(x) // 8, len(x) - len(x) // 8, max(1, len(x) // 4)), len(x) - 1]
     axes.plot(
-        x, y, color=canvas.colour(style.role), marker=style.marker, markevery=sorted(every),
+        x, y, color=canvas.colour(style.role), marker=style.marker, markevery=sorted({*marks}),
         linestyle=style.dashes, linewidth=1.9, markersize=5.5, label=name or "_",
     )  # fmt: skip
 

@@ -264,7 +264,7 @@ def swatch(style: Style, key: str) -> str:
     canvas = Canvas()
     with canvas.axes(0.5, 0.2) as (axes,):
         axes.axis("off")
-        drawing.line(axes, canvas, np.array([0.0, 1.0, 2.0]), np.zeros(3), style, marks=slice(1, 2))
+        drawing.line(axes, canvas, np.array([0.0, 1.0, 2.0]), np.zeros(3), style, marks=[1])
         axes.lines[0].set(clip_on=False, in_layout=False)
         svg = drawing.to_svg(axes, "", key)
         return svg.replace('role="img" aria-label=""', f'id="{key}"')
@@ -320,7 +320,10 @@ def _ends(arms: Iterable[Arm]) -> str:
 
 
 def _curve(arm: Arm, axis: str) -> tuple[_Floats, _Floats, _Floats]:
-    """Return a grid on `axis`, the mean loss or reward of the seeds there, and its half-width."""
+    """Return a grid on `axis`, the mean loss or reward of the seeds there, and its half-width.
+
+    What was evaluated is on the grid, see `_evaluated`.
+    """
     lines = []
     for run in arm.runs:
         points = {
@@ -336,10 +339,37 @@ def _curve(arm: Arm, axis: str) -> tuple[_Floats, _Floats, _Floats]:
     start, stop = max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines)
     if start > stop:
         return np.empty(0), np.empty(0), np.empty(0)
-    grid = np.linspace(start, stop, 80 if stop > start else 1)
+    places = [place for place in _evaluated([x for x, _ in lines], axis) if start <= place <= stop]
+    grid = np.union1d(np.linspace(start, stop, 80 if stop > start else 1), places)
     values = np.array([np.interp(grid, x, y) for x, y in lines])
     found = [summary.t_interval(column) for column in values.T.tolist()]
     return grid, np.array([f.mean for f in found]), np.array([f.half for f in found])
+
+
+def _evaluated(seeds: Sequence[_Floats], axis: str) -> _Floats:
+    """Return where all seeds were evaluated; in seconds, where each evaluation was on average."""
+    if axis.endswith("seconds") and len({len(places) for places in seeds}) == 1:
+        mean: _Floats = np.mean(seeds, axis=0)
+        return mean
+    shared = seeds[0]
+    for places in seeds[1:]:
+        shared = np.intersect1d(shared, places)
+    return shared
+
+
+def _marks(arm: Arm, axis: str, grid: _Floats) -> list[int]:
+    """Return the points of the grid that were evaluated; of many, about eight."""
+    places = [
+        np.array(sorted({p for e, v in scored(run) if math.isfinite(p := value_of(e, axis))
+                         and math.isfinite(v)}))
+        for run in arm.runs
+    ]  # fmt: skip
+    found = (
+        np.isin(grid, _evaluated([each for each in places if each.size], axis))
+        .nonzero()[0]
+        .tolist()
+    )
+    return found[:: -(-len(found) // 8)] if found else []
 
 
 def _draw_curves(
@@ -353,7 +383,7 @@ def _draw_curves(
             axes.fill_between(
                 x, mean - half, mean + half, color=canvas.colour(style.role), alpha=0.15, lw=0
             )
-        drawing.line(axes, canvas, x, mean, style, arm.name)
+        drawing.line(axes, canvas, x, mean, style, arm.name, _marks(arm, axis, x))
     goal = curves[0][0].goal
     # The first steep descent of a loss would flatten the differences that matter: it may leave the
     # frame. A reward rises slowly, and where it starts is worth seeing.

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-from onlinesel.report import kept, summary
+from onlinesel.report import doubts, kept, summary
 from onlinesel.report.goals import LOSS, scored
 from onlinesel.report.records import Run
 from onlinesel.report.summary import Arm, Interval
@@ -52,7 +52,7 @@ def headline(runs: Iterable[Run]) -> Table:
     )  # fmt: skip
     rows = []
     for arm in by_result(arms):
-        base = summary.baseline(arms, arm.budget)
+        base = summary.baseline(arms, arm.budget, arm)
         shares = kept.source_shares(arm) if sources else {}
         rows.append((
             arm.name, arm.budget or "none", str(len(arm.runs)),
@@ -79,10 +79,10 @@ def break_even(arms: Sequence[Arm]) -> Table:
         "Arm", "Scoring per step", "Training per step", "Relative step cost",
         "Pays below this share of uniform's steps", "Share needed", "Pays?",
     )  # fmt: skip
-    base = next((arm for arm in arms if arm.is_baseline), None)
-    base_cost = summary.step_cost(base) if base else None
     rows = []
     for arm in arms:
+        base = summary.baseline(arms, arm.budget, arm)
+        base_cost = summary.step_cost(base) if base else None
         cost = summary.step_cost(arm)
         if cost is None:
             continue
@@ -113,7 +113,7 @@ def verdicts(runs: Iterable[Run]) -> list[str]:
         if not ended:
             continue
         best = by_result(ended)[0]
-        goal, base = best.goal, summary.baseline(arms, budget)
+        goal, base = best.goal, summary.baseline(arms, budget, best)
         lead = f"At equal {budget}" if budget else "Without a fixed budget"
         end = f"({goal.name} {held_out(_end(best), goal)})"
         first = f"{lead}, {best.name} ends {'highest' if goal.higher else 'lowest'} {end}"
@@ -147,20 +147,20 @@ def caveats(runs: Iterable[Run]) -> list[str]:
 
     Example:
         >>> from pathlib import Path
-        >>> caveats([Run(Path(), "UDS")])[-1]
+        >>> caveats([Run(Path(), "UDS")])[-3]
         'No held-out loss in 1 of 1 runs: UDS.'
     """
     runs = list(runs)
     arms, clock = summary.group_arms(runs), summary.clock_of(runs)
     goal = arms[0].goal if arms else LOSS
-    notes = []
+    notes = doubts.about_seeds(arms) + doubts.about_settings(arms)
     fewest = min((len(arm.runs) for arm in arms), default=0)
     if fewest == 1:
         notes.append("Some arms have one seed, and so no interval.")
     elif 1 < fewest < 5:
         notes.append(f"Intervals rest on as few as {fewest} seeds; five or more are usual.")
     for arm in arms:
-        base = summary.baseline(arms, arm.budget)
+        base = summary.baseline(arms, arm.budget, arm)
         axis = {"time": clock, "steps": "step", "rollouts": "rollouts"}.get(arm.budget or "")
         if base is None or base is arm or axis is None:
             continue
@@ -190,7 +190,7 @@ def caveats(runs: Iterable[Run]) -> list[str]:
         if lacking:
             names = listed(run.name for run in lacking)
             notes.append(f"No {what} in {len(lacking)} of {len(runs)} runs: {names}.")
-    return notes
+    return notes + doubts.about_runs(runs)
 
 
 def _end(arm: Arm) -> Interval:

@@ -17,6 +17,7 @@ from typing import Any
 from unicodedata import category
 
 from onlinesel.report import (
+    doubts,
     drawing,
     figures,
     findings,
@@ -199,6 +200,7 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
             for i, (n, s) in enumerate(styles.items())
         },
         headline=findings.headline(trained),
+        settings=doubts.settings_table(arms + summary.group_arms(generated)),
         clock=_clock([trained, generated]),
         verdicts=findings.verdicts(trained),
         caveats=findings.caveats(trained),

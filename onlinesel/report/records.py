@@ -27,6 +27,7 @@ __all__ = [
     "read_meta",
     "read_run",
     "row_of",
+    "step_of",
 ]
 
 FORMAT = 1
@@ -205,7 +206,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         path=folder,
         **known,
         extra=meta,
-        steps=tuple(read_lines(folder / "steps.jsonl", _step)),
+        steps=tuple(read_lines(folder / "steps.jsonl", step_of)),
         choices=tuple(read_lines(folder / "choices.jsonl", _choice)),
         evals=tuple(read_lines(folder / "evals.jsonl", _evaluation)),
         rows={row.id: row for row in read_lines(folder / "rows.jsonl", row_of)},
@@ -230,12 +231,13 @@ def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for path in map(Path, paths):
+        _check_exists("find_runs", path)
         inside = [path / "run.json"] if (path / "run.json").exists() else path.rglob("run.json")
         runs = sorted(file.parent for file in inside)
         if not runs:
             raise ValueError(
-                f"find_runs: path must be a run or hold runs, got {path}. "
-                "A run directory has a run.json, written by RunLog.start."
+                f"find_runs: path must be a run or hold runs, got {path}, which holds none. Train "
+                "with record= this folder (a run writes its run.json when it begins)."
             )
         for run in runs:
             found.setdefault(run.resolve(), run)
@@ -254,6 +256,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         2
     """
     file = folder / "run.json"
+    _check_exists("read_run", folder)
     if not file.exists():
         raise ValueError(
             f"read_run: path must hold a run.json, got {folder}. "
@@ -273,6 +276,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
         )
     meta.pop("format")
     return meta
+
+
+def _check_exists(owner: str, folder: Path) -> None:
+    if not folder.exists():
+        raise ValueError(
+            f"{owner}: path must exist, got {folder}, which is not there (from {Path.cwd()}). "
+            "Give the folder that record= named."
+        )
 
 
 def read_lines(file: Path, build: Callable[[Mapping[str, Any]], _T]) -> Iterator[_T]:
@@ -301,7 +312,13 @@ def read_lines(file: Path, build: Callable[[Mapping[str, Any]], _T]) -> Iterator
                 ) from error
 
 
-def _step(record: Mapping[str, Any]) -> Step:
+def step_of(record: Mapping[str, Any]) -> Step:
+    """Return the step that a line of `steps.jsonl` describes.
+
+    Example:
+        >>> step_of({"step": 1, "seconds": 0.5, "rows": 8, "candidates": 32}).rows
+        8
+    """
     return Step(**_split(record, Step, ("step", "rows", "candidates")))
 
 

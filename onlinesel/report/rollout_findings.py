@@ -39,7 +39,7 @@ def headline(runs: Iterable[Run]) -> Table:
     )  # fmt: skip
     rows = []
     for arm in by_result(arms):
-        base = summary.baseline(arms, arm.budget)
+        base = summary.baseline(arms, arm.budget, arm)
         rows.append((
             arm.name, arm.budget or "none", str(len(arm.runs)),
             *(count(summary.ends(arm, axis)) for axis in ("step", "rollouts", clock)),
@@ -83,7 +83,7 @@ def costs(runs: Iterable[Run]) -> list[str]:
     arms, clock = summary.group_arms(runs), summary.clock_of(runs)
     said = []
     for arm in arms:
-        base = summary.baseline(arms, arm.budget)
+        base = summary.baseline(arms, arm.budget, arm)
         if base is None or base is arm or not summary.finals(arm) or not summary.improved(base):
             continue
         lead = f"At equal {arm.budget}, {arm.name}" if arm.budget else arm.name

@@ -16,15 +16,15 @@ import json
 import math
 import operator
 import os
-import platform
 import shlex
 import sys
+from collections import deque
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
+from onlinesel.report._machine import hardware, versions
 from onlinesel.report.records import (
     FORMAT,
     Choice,
@@ -40,6 +40,7 @@ from onlinesel.report.records import (
     read_meta,
     read_run,
     row_of,
+    step_of,
 )
 
 __all__ = [
@@ -58,7 +59,6 @@ __all__ = [
 # File -> steps that its line of step k lies ahead of the checkpoint of step k: a run that goes on
 # after step k has trained that step, but generates anew for the next.
 _STEPPED = {"steps.jsonl": 0, "choices.jsonl": 0, "evals.jsonl": 0, "rollouts.jsonl": 1}
-_PACKAGES = ("onlinesel", "torch", "transformers", "trl", "lightning", "accelerate")
 
 
 class RunLog:
@@ -91,7 +91,7 @@ class RunLog:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, IO[str]] = {}
-        used = [n for n in _STEPPED if (self.path / n).exists() and (self.path / n).stat().st_size]
+        used = self.stepped(self.path)
         if used and resume_step is None:
             raise ValueError(
                 f"RunLog: path must be a directory without steps, got {self.path} with {used[0]}. "
@@ -102,6 +102,25 @@ class RunLog:
             _drop_after(self.path / name, operator.index(resume_step or 0) - _STEPPED[name])
         if resume_step == 0:  # what an earlier run believed of its prompts is no start
             (self.path / "prompts.jsonl").unlink(missing_ok=True)
+
+    @staticmethod
+    def stepped(path: Path) -> list[str]:
+        """Return the files in `path` that hold steps of a run."""
+        files = ((name, path / name) for name in _STEPPED)
+        return [name for name, file in files if file.exists() and file.stat().st_size]
+
+    def last_step(self) -> Step | None:
+        """Return the last step of the record as it stands, None if there is none.
+
+        Example:
+            >>> import tempfile
+            >>> with RunLog(tempfile.mkdtemp()) as log:
+            ...     log.step(step=1, seconds=0.2, rows=8, candidates=32)
+            ...     log.last_step().rows
+            8
+        """
+        found = deque(read_lines(self.path / "steps.jsonl", step_of), maxlen=1)
+        return found[0] if found else None
 
     def start(self, **meta: Any) -> None:
         """Write `run.json` in one move.
@@ -126,7 +145,7 @@ class RunLog:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         defaults: dict[str, Any] = {
             "strategy": "", "candidates": None, "scope": "", "seed": None, "budget": None,
-            "command": shlex.join(sys.argv), "hardware": _hardware(), "versions": _versions(),
+            "command": shlex.join(sys.argv), "hardware": hardware(), "versions": versions(),
             "date": read_meta(self.path).get("date", now) if target.exists() else now,
         }  # fmt: skip
         record = {"format": FORMAT} | defaults | meta
@@ -374,17 +393,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return _number(float(value))
-
-
-def _hardware() -> str:
-    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions

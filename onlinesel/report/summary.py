@@ -1,8 +1,8 @@
 """Numbers of the report: arms over seeds, intervals, the way to a mark, the cost of a step.
 
-Standard library only. An arm is the set of runs that share a budget and a name and differ by seed;
-every number of an arm is the mean over its seeds with a 95 % t-interval. What runs are judged by is
-in `onlinesel.report.goals`.
+Standard library only. An arm is the set of runs that share a budget, a name and all settings, and
+differ by seed; every number of an arm is the mean over its seeds with a 95 % t-interval. What runs
+are judged by is in `onlinesel.report.goals`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from onlinesel.report.arms import Key, by_seed, differing, pair_key, settings_of
 from onlinesel.report.goals import LOSS, Goal, goal_of, mark_of, reach, scored, value_of
 from onlinesel.report.records import Run
 
@@ -71,7 +72,9 @@ class Interval:
 
 @dataclass(frozen=True)
 class Arm:
-    """The runs that share a budget and a name.
+    """The runs that share a budget, a name and all settings.
+
+    Where several arms of a budget have one name, it is followed by the settings that differ.
 
     Example:
         >>> Arm("UDS", "time", ()).is_baseline
@@ -86,6 +89,11 @@ class Arm:
     def goal(self) -> Goal:
         """What its runs are judged by."""
         return goal_of(self.runs[0]) if self.runs else LOSS
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What all its runs share, see `onlinesel.report.arms.settings_of`."""
+        return settings_of(self.runs[0]) if self.runs else {}
 
     @property
     def is_baseline(self) -> bool:
@@ -155,10 +163,18 @@ def group_arms(runs: Iterable[Run]) -> list[Arm]:
         >>> [arm.name for arm in group_arms([Run(Path(), "UDS"), Run(Path(), "Uniform")])]
         ['Uniform', 'UDS']
     """
-    groups: dict[tuple[str | None, str], list[Run]] = {}
+    named: dict[tuple[str | None, str], list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.budget, run.name), []).append(run)
-    arms = [Arm(name, budget, tuple(members)) for (budget, name), members in groups.items()]
+        named.setdefault((run.budget, run.name), []).append(run)
+    arms: list[Arm] = []
+    for (budget, name), members in named.items():
+        groups: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+        for run in members:
+            groups.setdefault(tuple(sorted(settings_of(run).items())), []).append(run)
+        varied = differing([dict(key) for key in groups])
+        for key, same in groups.items():
+            told = ", ".join(f"{what}={dict(key).get(what, '-')}" for what in varied)
+            arms.append(Arm(f"{name} ({told})" if told else name, budget, tuple(same)))
     known = {budget: place for place, budget in enumerate(_BUDGETS)}
     return sorted(
         arms,
@@ -171,15 +187,28 @@ def group_arms(runs: Iterable[Run]) -> list[Arm]:
     )
 
 
-def baseline(arms: Iterable[Arm], budget: str | None) -> Arm | None:
-    """Return the uniform arm of `budget`, the shortest name first, or None.
+def baseline(arms: Iterable[Arm], budget: str | None, to: Arm | None = None) -> Arm | None:
+    """Return the uniform arm of `budget`, or None.
+
+    Args:
+        arms: Arms of all budgets.
+        budget: Of the comparison.
+        to: Arm that is to be compared: of several uniform arms, the one with most of its settings
+            is taken, then the one with the shortest name. A uniform arm is its own.
 
     Example:
         >>> baseline([Arm("UDS", None, ()), Arm("Uniform", None, ())], None).name
         'Uniform'
     """
     found = [arm for arm in arms if arm.budget == budget and arm.is_baseline]
-    return min(found, key=lambda arm: len(arm.name), default=None)
+    if to in found:
+        return to
+    mine = {} if to is None else to.settings
+    return min(
+        found,
+        key=lambda arm: (len(differing([mine, arm.settings])) if mine else 0, len(arm.name)),
+        default=None,
+    )
 
 
 def clock_of(runs: Sequence[Run]) -> str:
@@ -233,9 +262,18 @@ def paired_difference(arm: Arm, base: Arm) -> Interval:
         >>> paired_difference(Arm("UDS", None, ()), Arm("Uniform", None, ())).n
         0
     """
-    theirs = {run.seed: points[-1][1] for run in base.runs if (points := scored(run))}
-    mine = [(run.seed, points[-1][1]) for run in arm.runs if (points := scored(run))]
-    return t_interval(end - theirs[seed] for seed, end in mine if seed in theirs)
+    loosely = pair_key(arm.runs, base.runs)
+    mine, theirs = (
+        {seed: _mean_end(runs) for seed, runs in by_seed(a.runs, trainer_only=loosely).items()}
+        for a in (arm, base)
+    )
+    return t_interval(end - theirs[seed] for seed, end in mine.items() if seed in theirs)
+
+
+def _mean_end(runs: Iterable[Run]) -> float:
+    """Return the mean of the runs' last values; NaN if one of them has none."""
+    ends = [points[-1][1] if (points := scored(run)) else math.nan for run in runs]
+    return fmean(ends)
 
 
 def ways(arm: Arm, base: Arm, axis: str) -> list[tuple[float, float]]:
@@ -249,17 +287,21 @@ def ways(arm: Arm, base: Arm, axis: str) -> list[tuple[float, float]]:
         >>> ways(Arm("UDS", None, ()), Arm("Uniform", None, ()), "step")
         []
     """
-    marks = {run.seed: (run, mark_of(run)) for run in base.runs if scored(run)}
-    ends = {seed: (mark, reach(run, mark, axis)) for seed, (run, mark) in marks.items()}
+    loosely = pair_key(arm.runs, base.runs)
+    ends: dict[Key, tuple[float, float]] = {}
+    for seed, runs in by_seed(base.runs, trainer_only=loosely).items():
+        marks = [(mark_of(run), reach(run, mark_of(run), axis)) for run in runs if scored(run)]
+        if marks:
+            ends[seed] = fmean(mark for mark, _ in marks), fmean(length for _, length in marks)
     usable = [end for end in ends.values() if all(map(math.isfinite, end))]
     if not usable:
         return []
     mean = (fmean(mark for mark, _ in usable), fmean(length for _, length in usable))
-    pairs = []
-    for run in arm.runs:
-        mark, length = ends.get(run.seed, mean)
+    pairs: list[tuple[float, float]] = []
+    for seed, runs in by_seed(arm.runs, trainer_only=loosely).items():
+        mark, length = ends.get(seed, mean)
         if length > 0:
-            pairs.append((reach(run, mark, axis), length))
+            pairs.extend((reach(run, mark, axis), length) for run in runs)
     return pairs
 
 

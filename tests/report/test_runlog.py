@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from onlinesel.report.prompts import read_prompts
 from onlinesel.report.runlog import Row, RunLog, find_runs, read_run
 
 BIG = 2**62 + 1
@@ -128,8 +129,11 @@ def test_designed_errors(tmp_path: Path) -> None:
         RunLog(tmp_path / "new").choice(1, [1, 2], [1.0])
     with pytest.raises(ValueError, match=r"read_run: path must hold a run\.json, got .*new"):
         read_run(tmp_path / "new")
-    with pytest.raises(ValueError, match="path must be a run or hold runs, got .*new"):
+    with pytest.raises(ValueError, match="path must be a run or hold runs, got .*new, which"):
         find_runs([tmp_path / "new"])
+    for read in (read_run, read_prompts, lambda path: find_runs([path])):
+        with pytest.raises(ValueError, match="path must exist, got .*missing, which is not there"):
+            read(tmp_path / "missing")
     file = tmp_path / "run" / "run.json"
     file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(ValueError, match="must have a name and format 1, got format 2"):
