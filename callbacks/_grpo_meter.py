@@ -158,7 +158,7 @@ class RolloutMeter(Meter):
         if not tally.batches:
             return None
         line = (
-            f"{self._facts['name']} generated {counted(tally.rollouts, 'completion')} of "
+            f"{self._said['name']} generated {counted(tally.rollouts, 'completion')} of "
             f"{counted(tally.groups, 'group')} for {tally.batches:,} generation "
             f"batch{'es' * (tally.batches > 1)}; {counted(tally.idle, 'group')} did not train, "
             f"{percent(tally.wasted / max(tally.tokens, 1))} of the tokens"

@@ -101,12 +101,17 @@ class StepSource:
             )  # fmt: skip
         self._moves_order = bool(told)
         self.observing = bool(self.strategy.observes) or self._moves_order
-        self.told: dict[str, Any] = {}  # of the run, for its record
+        self._told: dict[str, Any] = {}
         self.meter = StepMeter(record, self._record_facts, log_all=log_all)
+
+    def begin(self, resume_step: int | None, told: dict[str, Any]) -> None:
+        """Begin a run, or go on with one; what is told of it joins its record."""
+        self._told = told
+        self.meter.start(resume_step, writes=rank() == 0)
 
     def _record_facts(self) -> dict[str, Any]:
         """Return the entries of ``run.json``, once a run begins."""
-        settings = model_settings(self._core) | self.reader.facts() | self.told
+        settings = model_settings(self._core) | self.reader.facts() | self._told
         name, seed = type(self.strategy).__name__, torch.initial_seed()
         return self.facts() | {"name": name, "trainer_seed": seed, "settings": settings}
 

@@ -37,7 +37,6 @@ from onlinesel.callbacks._record import Record, optimizer_settings
 from onlinesel.callbacks._replay import Replay
 from onlinesel.callbacks._source import Score, StepSource
 from onlinesel.columns import as_columns
-from onlinesel.distributed import rank
 from onlinesel.loader import CandidateLoader, Candidates
 from onlinesel.report.runlog import RunLog
 from onlinesel.scoring import unwrap
@@ -239,8 +238,7 @@ class OnlineSelection(Callback):
                     "this epoch is not known.",
                 )  # fmt: skip
             begin_epoch(trainer.fit_loop)
-        self._source.told = optimizer_settings(trainer.optimizers)
-        self._source.meter.start(self.step or None, writes=rank() == 0)
+        self._source.begin(self.step or None, optimizer_settings(trainer.optimizers))
 
     # Data -----------------------------------------------------------------------------------
 

@@ -294,7 +294,7 @@ def test_a_record_is_never_emptied_by_another_run(tmp_path: Path) -> None:
         if isinstance(strategy, TopLoss):
             trainer.train()
     kept = (tmp_path / "record" / "choices.jsonl").read_text()
-    with pytest.raises(ValueError, match="RunLog: path must be a directory without steps"):
+    with pytest.raises(ValueError, match="record: folder must hold no run"):
         trainer.train()
     callback.detach()
     assert (tmp_path / "record" / "choices.jsonl").read_text() == kept

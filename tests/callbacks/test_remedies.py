@@ -182,7 +182,7 @@ def test_a_folder_with_another_run_says_what_a_caller_can_do(tmp_path: Path) -> 
         with pytest.raises(ValueError) as caught:
             trainer.train()
     assert str(caught.value) == (
-        f"RunLog: path must be a directory without steps, got {tmp_path / 'run'} with steps.jsonl. "
+        f"record: folder must hold no run, got {tmp_path / 'run'} with steps.jsonl. "
         "Name another folder (record=), remove this one, or resume from a checkpoint of that run. "
         "A RunLog of your own takes resume_step."
     )
