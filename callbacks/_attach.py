@@ -62,6 +62,14 @@ def restore(owner: Any, before: Mapping[str, Any]) -> None:
             owner.__dict__[name] = value
 
 
+def take_off(callback: Any, before: Mapping[str, Any]) -> None:
+    """Take a callback off its trainer, whose methods are then its own again."""
+    trainer = callback.trainer
+    restore(trainer, before)
+    if callback in trainer.callback_handler.callbacks:
+        trainer.remove_callback(callback)
+
+
 def restore_all(before: list[tuple[Any, Mapping[str, Any]]]) -> None:
     """Put back what :func:`wrap` returned of several instances, the last first."""
     while before:

@@ -118,9 +118,7 @@ class PreferenceSelection(TrainerCallback):
                 "detach", "called before or after train()", "a call during training",
                 "Wait for the end of the run.",
             )  # fmt: skip
-        _attach.restore(self.trainer, self._before)
-        if self in self.trainer.callback_handler.callbacks:
-            self.trainer.remove_callback(self)
+        _attach.take_off(self, self._before)
 
     @property
     def _columns(self) -> list[str]:

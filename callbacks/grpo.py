@@ -198,9 +198,7 @@ class RolloutSelection(TrainerCallback):
                 "detach", "called before or after train()", "a call during training",
                 "Use When(..., stop=step) to end a gate within a run.",
             )  # fmt: skip
-        _attach.restore(self.trainer, self._before)
-        if self in self.trainer.callback_handler.callbacks:
-            self.trainer.remove_callback(self)
+        _attach.take_off(self, self._before)
 
     def prompt_table(self) -> list[dict[str, Any]]:
         """Return what is believed about every problem; empty without a prompt sampler."""

@@ -212,9 +212,7 @@ class OnlineSelection(TrainerCallback):
                 "detach", "called before or after train()", "a call during training",
                 "Use When(..., stop=step) to end the selection within a run.",
             )  # fmt: skip
-        _attach.restore(self.trainer, self._before)
-        if self in self.trainer.callback_handler.callbacks:
-            self.trainer.remove_callback(self)
+        _attach.take_off(self, self._before)
 
     # Data -----------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ __all__ = [
     "set_generator_states",
     "standing_in",
     "tell_epoch",
+    "told_apart",
 ]
 
 
@@ -173,6 +174,15 @@ def begin_workers(base: DataLoader[Any], kept: Any, *, plain: bool) -> Any:
                 iter(base)
             batching.append(base.batch_sampler)
         return kept if plain else vars(base)["_iterator"]
+
+
+def told_apart(ids: str, *, numbered: bool) -> str:
+    """Return how rows are told apart, in words; ``numbered`` where a dataset numbers them."""
+    if ids not in ("auto", "hash"):
+        return f"the column {ids}"
+    if ids == "hash" or not numbered:
+        return "a hash of each row's content"
+    return "row numbers, or the column sample_id where there is one"
 
 
 def named_column(wanted: str) -> str:

@@ -36,6 +36,7 @@ from onlinesel._reading import (
     set_generator_states,
     standing_in,
     tell_epoch,
+    told_apart,
 )
 from onlinesel.agreement import smallest_over_ranks, stack_over_ranks
 from onlinesel.batch import gather_rows, rows_in
@@ -205,11 +206,7 @@ class CandidateLoader:
     @property
     def identity(self) -> str:
         """How rows are told apart, in words."""
-        if self._ids not in ("auto", "hash"):
-            return f"the column {self._ids}"
-        if self._ids == "hash" or self._base is None:
-            return "a hash of each row's content"
-        return "row numbers, or the column sample_id where there is one"
+        return told_apart(self._ids, numbered=self._base is not None)
 
     @property
     def _drops_last(self) -> bool:
