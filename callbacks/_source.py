@@ -75,9 +75,8 @@ class StepSource:
         check_limit(reuse_forward, reuse_limit)
         if reuse_forward and score is not None:
             refuse_reuse("score", "None", type(score).__name__, SCORER)
-        self._reuse_wanted, self._reuse_limit = reuse_forward, reuse_limit
+        self.owner, self._reuse_wanted, self._reuse_limit = owner, reuse_forward, reuse_limit
         self._reuse: ReusedForward | None = None
-        self.owner = owner
         self.selector = (
             strategy if isinstance(strategy, Selector) else Selector(strategy, seed=seed)
         )
@@ -117,14 +116,8 @@ class StepSource:
 
     def facts(self) -> dict[str, Any]:
         """Return the settings that a checkpoint is held against and that ranks must share."""
-        return {
-            "strategy": repr(self.strategy),
-            "candidates": self.candidates,
-            "scope": self.scope,
-            "normalize": self.normalize,
-            "ids": self.ids,
-            "seed": self.seed,
-        }
+        plain = ("candidates", "scope", "normalize", "ids", "seed")
+        return {"strategy": repr(self.strategy)} | {name: getattr(self, name) for name in plain}
 
     def refuse(self, argument: str, rule: str, got: object, remedy: str) -> None:
         """Raise the designed error of the host."""
@@ -164,8 +157,7 @@ class StepSource:
             from onlinesel.callbacks._reuse import ReusedForward  # needs transformers
 
             self._reuse = ReusedForward(self._core, self._reuse_limit, model)
-        config = getattr(self._core, "config", None)
-        pad_id = getattr(config, "pad_token_id", None) or 0
+        pad_id = getattr(getattr(self._core, "config", None), "pad_token_id", None) or 0
         asked = thins and self.scope == "global"  # then all ranks draw the same epoch
         self.reader = CandidateLoader(
             loader, candidates=self.candidates, accumulate=accumulate, seed=self.seed,

@@ -341,10 +341,6 @@ class OnlineSelection(TrainerCallback):
         """Note the held-out loss in the record."""
         self._meter.evaluated(state.global_step, kwargs["metrics"])
 
-    def _facts(self) -> dict[str, Any]:
-        """Return what a checkpoint must agree with."""
-        return run_facts(self, self.selector.strategy)
-
     @property
     def _rank(self) -> int | None:
         """The process that a state belongs to; None where all ranks hold the same."""
@@ -357,7 +353,7 @@ class OnlineSelection(TrainerCallback):
         self._data.save(output_dir, self.trainer.state.global_step)
         if self._rank is None and not self.trainer.args.should_save:
             return
-        facts = self._facts() | {
+        facts = run_facts(self, self.selector.strategy) | {
             "world_size": self.trainer.args.world_size,
             "data": self._data.facts(self.trainer.state.global_step),
         }
@@ -395,8 +391,8 @@ class OnlineSelection(TrainerCallback):
         facts = None
         if checkpoint is not None:
             facts = resume_run(
-                checkpoint, self.selector, self._domains, self._facts(), self._rank,
-                self.trainer.args.world_size,
+                checkpoint, self.selector, self._domains, run_facts(self, self.selector.strategy),
+                self._rank, self.trainer.args.world_size,
             )  # fmt: skip
         self._data.begin(facts, checkpoint)
         # A record goes on where the trainer does, with or without a state of the selection.

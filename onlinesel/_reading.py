@@ -19,6 +19,7 @@ from onlinesel.randomness import PROGRAM, program_state, set_program_state
 from onlinesel.rows import FILLER_ID, ROW_ID, complete, content_ids
 
 __all__ = [
+    "Candidates",
     "Cells",
     "Numbered",
     "Paired",
@@ -35,6 +36,23 @@ __all__ = [
     "tell_epoch",
     "told_apart",
 ]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """One micro-batch of candidates.
+
+    Attributes:
+        columns: The batch's leaves by name.
+        rebuild: Puts leaves of these names into the structure that the loader gave.
+        ids: ``(N,)`` int64.
+        groups: ``(N,)`` int64 source or domain of each row, None if rows have none.
+    """
+
+    columns: dict[str, Any]
+    rebuild: Callable[[Any], Any]
+    ids: Tensor
+    groups: Tensor | None
 
 
 class Numbered(Dataset[Any]):

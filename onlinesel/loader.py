@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from onlinesel._datasets import DataFacts, check_size
 from onlinesel._reading import (
+    Candidates,
     Cells,
     begin_workers,
     check_state,
@@ -48,23 +48,6 @@ from onlinesel.randomness import undisturbed
 from onlinesel.rows import GROUP, complete
 
 __all__ = ["CandidateLoader", "Candidates"]
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """One micro-batch of candidates.
-
-    Attributes:
-        columns: The batch's leaves by name.
-        rebuild: Puts leaves of these names into the structure that the loader gave.
-        ids: ``(N,)`` int64.
-        groups: ``(N,)`` int64 source or domain of each row, None if rows have none.
-    """
-
-    columns: dict[str, Any]
-    rebuild: Callable[[Any], Any]
-    ids: Tensor
-    groups: Tensor | None
 
 
 class CandidateLoader:
@@ -374,9 +357,10 @@ class CandidateLoader:
     # State ----------------------------------------------------------------------------------
 
     @cached_property
-    def _digest(self) -> dict[str, Any]:
+    def _digest(self) -> dict[str, Any] | None:
         """What the rows are recognised by; read once, and only where a state is."""
-        assert self._base is not None
+        if self._base is None:
+            return None
         return rows_digest(self._base.dataset, workers=self._base.num_workers)
 
     def state_dict(self) -> dict[str, Any]:
@@ -386,14 +370,8 @@ class CandidateLoader:
         """
         over = self._over and not self._costs  # then the next epoch is what comes
         epoch, position = (self.epoch + 1, 0) if over else (self.epoch, self.position)
-        state: dict[str, Any] = {
-            "epoch": epoch,
-            "position": position,
-            "seed": self.seed,
-            "named": self._named,
-        }
-        if self._base is not None:
-            state["rows"] = self._digest
+        state: dict[str, Any] = {"epoch": epoch, "position": position, "seed": self.seed}
+        state |= {"named": self._named} | ({"rows": self._digest} if self._digest else {})
         if self.order is None:
             state |= {"ranks": world_size(), "rng": None if over else self._rng}
         elif hasattr(self.order, "state_dict"):
@@ -407,8 +385,7 @@ class CandidateLoader:
             ValueError: The state is of another kind of loader, other rows or another seed, or of
                 the middle of an epoch of a loader that another number of ranks had read.
         """
-        digest = None if self._base is None else self._digest
-        check_state(state, self.seed, digest, foreign=self.order is None)
+        check_state(state, self.seed, self._digest, foreign=self.order is None)
         if "order" in state and self.order is not None:
             self.order.load_state_dict(state["order"])
         self.epoch, self.position = state["epoch"], state["position"]

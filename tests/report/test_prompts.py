@@ -97,7 +97,7 @@ def test_lists_without_a_number_say_so(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match=r"read_run: path must hold a run\.json, got .*nowhere"):
+    with pytest.raises(ValueError, match=r"read_run: path must exist, got .*nowhere"):
         read_prompts(tmp_path / "nowhere")
     RunLog(tmp_path).start(name="UDS")
     assert cli.main(["prompts", str(tmp_path)]) == 2

@@ -160,7 +160,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out.strip() == str(out) and "<h1>Mine</h1>" in out.read_text()
     with pytest.raises(SystemExit, match="2"):
         main([str(tmp_path / "nothing")])
-    assert "path must be a run or hold runs" in capsys.readouterr().err
+    assert "path must exist" in capsys.readouterr().err
     with pytest.raises(TypeError, match="run_dirs must be an iterable of paths, got .*in a list"):
         write_report(str(tmp_path), out)
 
