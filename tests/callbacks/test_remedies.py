@@ -182,9 +182,8 @@ def test_a_folder_with_another_run_says_what_a_caller_can_do(tmp_path: Path) -> 
         with pytest.raises(ValueError) as caught:
             trainer.train()
     assert str(caught.value) == (
-        f"record: folder must hold no run, got {tmp_path / 'run'} with steps.jsonl. "
-        "Name another folder (record=), remove this one, or resume from a checkpoint of that run. "
-        "A RunLog of your own takes resume_step."
+        f"record: folder must hold no run, got {tmp_path / 'run'}, which holds one. Record this "
+        "run elsewhere, remove that folder, or resume the run from its checkpoint."
     )
     RunLog(tmp_path / "run", resume_step=1)
 
