@@ -29,8 +29,6 @@ from onlinesel.callbacks import _attach
 from onlinesel.callbacks._announce import opening
 from onlinesel.callbacks._belonging import check_added, check_own
 from onlinesel.callbacks._fused import FusedHeadScorer
-from onlinesel.callbacks._hf_batches import RowBatches
-from onlinesel.callbacks._hf_data import TrainingData
 from onlinesel.callbacks._loss import (
     UNDEFINED,
     WEIGHTS,
@@ -39,7 +37,6 @@ from onlinesel.callbacks._loss import (
     put_weights,
     tapped_loss,
 )
-from onlinesel.callbacks._loss_check import LossCheck
 from onlinesel.callbacks._meter import StepMeter
 from onlinesel.callbacks._observed import TrainedLosses
 from onlinesel.callbacks._replay import HELD, Replay
@@ -54,6 +51,8 @@ from onlinesel.types import Scorer, Signals, Strategy
 try:
     from transformers import TrainerCallback
 
+    from onlinesel.callbacks._hf_batches import RowBatches
+    from onlinesel.callbacks._hf_data import TrainingData
     from onlinesel.callbacks._hf_state import (
         record_facts,
         resume_run,
@@ -61,6 +60,7 @@ try:
         save_run,
         trained_steps,
     )
+    from onlinesel.callbacks._loss_check import LossCheck
     from onlinesel.callbacks._reuse import reuse_in_trainer
 except ImportError as error:
     raise ImportError(

@@ -142,7 +142,9 @@ def check_agreement(owner: str, *tensors: Tensor, device: torch.device | str = "
 
 def _packed(columns: Mapping[str, Tensor], device: torch.device | str) -> Tensor:
     """Lay columns of ``n`` rows side by side as bytes: ``(n, bytes)`` uint8."""
-    flat = (v.contiguous().view(v.shape[0], math.prod(v.shape[1:])) for v in columns.values())
+    # A column of one row counts as contiguous with any stride; a copy has that of its bytes.
+    whole = (v.clone(memory_format=torch.contiguous_format) for v in columns.values())
+    flat = (v.view(v.shape[0], math.prod(v.shape[1:])) for v in whole)
     return torch.cat([v.view(torch.uint8) for v in flat], dim=1).to(device)
 
 

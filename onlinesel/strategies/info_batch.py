@@ -20,7 +20,7 @@ all the same, and steps are as many, and smaller. A skipped row keeps its old lo
 epochs train on everything: ``When(InfoBatch(), stop=int(0.875 * max_steps))``; a drawn epoch is
 read to its end.
 
-What a step divides by: the release divides ``sum_i w_i l_i`` by the rows of a batch, which makes
+The release divides ``sum_i w_i l_i`` by the rows of a batch, which makes
 the gradient of its full batches larger, by up to ``1 / (1 - prune)``, and those of a shorter epoch
 add up to the full epoch's. ``divide_by="rows"`` is that, where epochs are drawn. The default is the
 weighted mean: where rows are decided as they come it already adds up to the full epoch's; where

@@ -11,7 +11,7 @@ rows: the smallest of ``e_i / p_i`` with ``e_i ~ Exp(1)``, which draws one row a
 odds ``p_i``, without replacement. ``exact=False`` is the paper: row ``i`` trains if ``u_i < p_i``,
 independently, and the number of rows varies. Weights are 1; nothing corrects for the preference.
 
-Ties: a loss counts itself and its equals, so the largest is always drawn, equal losses are all
+A loss counts itself and its equals, so the largest is always drawn, equal losses are all
 certain, and no row has ``p = 0``. The release counts what is strictly smaller: there the smallest
 loss can never train, and where all are equal nothing does. That is not offered.
 

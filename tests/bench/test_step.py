@@ -104,8 +104,8 @@ def _peaks() -> list[float | None]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"preset": "qwen"}, "bench_step: preset must be one of tiny, small, .*, got 'qwen'. Mind"),
-        ({"strategy": "uds"}, "bench_step: strategy must be one of .*UDS.*, got 'uds'. Mind the"),
+        ({"preset": "qwen"}, "bench_step: preset must be one of tiny, small, .*, got 'qwen'. C"),
+        ({"strategy": "uds"}, "bench_step: strategy must be one of .*UDS.*, got 'uds'. Did"),
         ({"candidates": 1}, "bench_step: candidates must be at least 2, got 1. Pass more"),
         ({"tokens": 1}, "bench_step: tokens must be at least 2, got 1. Pass more"),
         ({"rows": 0}, "bench_step: rows must be at least 1, got 0. Pass a positive"),

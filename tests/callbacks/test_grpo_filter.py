@@ -37,7 +37,7 @@ NAN = float("nan")
 MIXED = (2, 1, 3)
 ALL = {"per_device_train_batch_size": 12, "max_steps": 1}
 """Three groups of four: a batch holds all mixed problems of `WITH_DEAD`."""
-WITH_DEAD = (0, 2, 4, 1, 0, 4, 3, NAN)
+WITH_DEAD = (0, 2, 4, 1, 0, 4, 3, NAN, 0)
 
 LOSSES: dict[str, dict[str, Any]] = {
     "dapo": {},

@@ -202,7 +202,7 @@ def test_a_limit_on_batches_cuts_the_last_window() -> None:
 def test_a_loader_that_ends_before_its_length_still_steps() -> None:
     rows, module = classified(6), Classifier()
     trainer = make_trainer(
-        selection(TopLoss(), candidates=1), accumulate_grad_batches=2, max_epochs=1
+        selection(Uniform(), candidates=1), accumulate_grad_batches=2, max_epochs=1
     )
     trainer.fit(module, Batches(loader(rows), 20))
     assert trainer.global_step == 2

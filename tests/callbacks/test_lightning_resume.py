@@ -251,7 +251,7 @@ def test_saving_after_the_fit_and_validating_from_a_checkpoint(tmp_path: Path) -
     trainer = make_trainer(callback, max_epochs=1, accumulate_grad_batches=2)
     trainer.fit(module, shuffled())
     trainer.save_checkpoint(path)
-    other = selection(TopLoss())
+    other = selection(Uniform())
     trainer = make_trainer(other, max_steps=1)
     trainer.validate(Classifier(), loader(), ckpt_path=path, verbose=False)
     assert other.state_dict() == {}
