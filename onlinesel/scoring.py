@@ -195,7 +195,9 @@ class CausalLMScorer:
         own = [n for n in needs if n in _TOKEN_OUTPUTS or n in ("nuclear_norm", "embedding")]
         if own:
             matrices = [name for name in ("nuclear_norm", "embedding") if name in own]
-            if matrices and not self._capped:  # on its way while the host queues the forward
+            # On its way while the host queues the forward. A head in parts is gathered after it:
+            # ZeRO-3 is fetching ahead when a forward begins.
+            if matrices and not self._capped and not shared_out(core.get_output_embeddings()):  # type: ignore[operator]
                 self._derived(core, matrices)
             with around or nullcontext():
                 hidden = self._hidden(model, core, batch)
