@@ -99,8 +99,8 @@ def test_a_ragged_last_batch_keeps_at_least_one_row(tmp_path: Path) -> None:
 
 def test_a_dataset_smaller_than_the_candidates_trains(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, rows=make_rows(3))
-    attach(trainer, TopLoss(), candidates=8, record=tmp_path / "record")
-    with pytest.warns(UserWarning, match="candidates"):
+    with pytest.warns(UserWarning, match="16 candidates and the dataset has 3 rows"):
+        attach(trainer, TopLoss(), candidates=8, record=tmp_path / "record")
         trainer.train()
     assert [len(kept(c)) for c in choices(tmp_path / "record")] == [1]
 
