@@ -260,10 +260,10 @@ class OnlineSelection(TrainerCallback):
         if not batches:
             return batches, items
         batches, columns, ids, groups, given = self._rows.take_apart(self.trainer, batches)
-        self._loss_check.once(columns[0], self._rows.rebuild)
         step = self.trainer.state.global_step
         decide = partial(self._plan(device).plan, columns, ids, step, groups, given)
         plan = self._meter.deciding(decide, self._reuse, columns)
+        self._loss_check.once(columns[0], self._rows.rebuild)
         self._trained.begin(plan.ids, plan.batches)
         if self.shadow:
             for batch in batches:
