@@ -6,7 +6,7 @@ import functools
 import hashlib
 import sys
 from collections.abc import Mapping, Set
-from types import CodeType
+from types import BuiltinFunctionType, CodeType
 from typing import Any
 
 import torch
@@ -84,6 +84,8 @@ def _parts(value: Any) -> Any:
         return {str(name): _parts(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [_parts(each) for each in value]
+    if isinstance(value, BuiltinFunctionType):  # it has no code to look at, but a name
+        return [value.__module__, value.__qualname__]
     value = getattr(value, "__func__", value)
     code = getattr(value, "__code__", None)
     if code is not None:

@@ -15,6 +15,7 @@ from onlinesel.fingerprint import code_digest
 from onlinesel.rl import PassRateBand, Refill, SharedDifficulty, Thompson, ZeroVariance
 from tests.callbacks.grpo_hosts import attach, make_grpo_trainer, weights
 from tests.callbacks.grpo_resuming import assert_same, cases, train
+from tests.callbacks.hosts import make_model
 from tests.callbacks.test_hf_distributed import torchrun
 
 
@@ -135,10 +136,19 @@ def test_the_code_of_a_reward_is_recognised() -> None:
 
         return short
 
+    def also_limited(most: int) -> Any:
+        def short(completions: Any, **columns: Any) -> list[float]:
+            # The same.
+            return [float(len(text) < most) for text in completions]
+
+        return short
+
     same = [
-        (limited(3), limited(3)),
+        (Length(3), Length(3)),
+        (limited(3), also_limited(3)),
         (partial(max, 1), partial(max, 1)),
     ]
     assert all(code_digest(a) == code_digest(b) for a, b in same)
-    other = [(limited(3), limited(4)), (partial(max, 1), partial(max, 2))]
+    other = [(Length(3), Length(4)), (limited(3), limited(4)), (partial(max, 1), partial(max, 2)),
+             (partial(max, 1), partial(min, 1)), (make_model(), torch.nn.Linear(1, 1))]  # fmt: skip
     assert all(code_digest(a) != code_digest(b) for a, b in other)
