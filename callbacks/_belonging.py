@@ -21,10 +21,9 @@ def check_added(callback: Any) -> None:
 def warn_of_no_state(owner: str, checkpoint: str) -> None:
     """Say that a run goes on without what its selection had learnt."""
     warnings.warn(
-        f"{owner}: {checkpoint} has no state of the selection, which begins anew: "
-        "its memory, its generator and its place in the data are not those of the run that wrote "
-        "the checkpoint. save_only_model=True keeps no such state; set it to False for runs that "
-        "are to be resumed.",
+        f"{owner}: {checkpoint} has no state of the selection, which begins anew: what it "
+        "remembers and draws is not that of the run that wrote the checkpoint. "
+        "save_only_model=True keeps no such state: set it to False for runs that will be resumed.",
         stacklevel=2,
     )
 

@@ -347,7 +347,7 @@ class RolloutSelection(TrainerCallback):
             self.meter.table(self.prompt_table())
             self.meter.stop()
 
-    def _begin(self, checkpoint: str | None, trial: int | None) -> None:
+    def _begin(self, checkpoint: str | None, trial: int | None = None) -> None:
         found = load_run(self.trainer, checkpoint, self._facts(), type(self).__name__)
         state, facts = found if found is not None else ({}, {})
         refill = self.parts["refill"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -95,7 +95,7 @@ class Paired:
     """A collator that keeps the numbers of the rows beside the batch."""
 
     collate: Callable[[list[Any]], Any]
-    watch: OrderWatch = field(default_factory=lambda: OrderWatch("CandidateLoader"))
+    watch: OrderWatch
 
     def __call__(self, pairs: Sequence[tuple[int, Any]]) -> tuple[Tensor, Any]:
         ids = torch.tensor([number for number, _ in pairs], dtype=torch.int64)
@@ -163,12 +163,17 @@ def set_generator_states(generators: Sequence[torch.Generator], states: Tensor) 
         generator.set_state(state)
 
 
-def numbered_parts(base: DataLoader[Any]) -> dict[str, Any]:
-    """Return the parts of a loader that gives row numbers beside its batches."""
-    return {"dataset": Numbered(base.dataset), "collate_fn": Paired(base.collate_fn)}
+def numbered_parts(base: DataLoader[Any], watch: OrderWatch) -> dict[str, Any]:
+    """Return the parts of a loader that gives row numbers beside its batches.
+
+    Args:
+        base: The loader.
+        watch: Looks at the first batches of a run, not of each epoch.
+    """
+    return {"dataset": Numbered(base.dataset), "collate_fn": Paired(base.collate_fn, watch)}
 
 
-def begin_workers(base: DataLoader[Any], kept: Any, *, plain: bool) -> Any:
+def begin_workers(base: DataLoader[Any], kept: Any, watch: OrderWatch, *, plain: bool) -> Any:
     """Let the workers of a loader that keeps them begin, unless they have.
 
     What torch draws when they begin comes once in a run. Their first pass is empty, so that a
@@ -177,6 +182,7 @@ def begin_workers(base: DataLoader[Any], kept: Any, *, plain: bool) -> Any:
     Args:
         base: The loader.
         kept: Its iterator over numbered rows, None if there is none yet.
+        watch: See :func:`numbered_parts`.
         plain: Whether its rows are read without their numbers, and its iterator is its own.
 
     Returns:
@@ -184,7 +190,7 @@ def begin_workers(base: DataLoader[Any], kept: Any, *, plain: bool) -> Any:
     """
     if not base.num_workers or not base.persistent_workers:
         return kept
-    parts = {} if plain else {"_iterator": kept, **numbered_parts(base)}
+    parts = {} if plain else {"_iterator": kept, **numbered_parts(base, watch)}
     with standing_in(base, **parts):
         if vars(base)["_iterator"] is None:
             batching: list[Any] = []

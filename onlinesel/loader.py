@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onlinesel._collating import OrderWatch
 from onlinesel._datasets import DataFacts, check_size
 from onlinesel._reading import (
     Candidates,
@@ -130,6 +131,7 @@ class CandidateLoader:
         self._costs: deque[int] = deque()  # of the windows that were read and have not trained
         self._cells = Cells(self._rows_of_this_rank)
         self._workers: Any = None
+        self._watch = OrderWatch("CandidateLoader")
         self.data = None if self._base is None else DataFacts.of(self._base.dataset)
         if self.order is not None:
             check_size(
@@ -297,7 +299,8 @@ class CandidateLoader:
     def _begin_workers(self) -> None:
         """Let workers that persist begin before anything of the epoch is drawn."""
         if self._base is not None:
-            self._workers = begin_workers(self._base, self._workers, plain=self._ids == "hash")
+            plain = self._ids == "hash"
+            self._workers = begin_workers(self._base, self._workers, self._watch, plain=plain)
 
     def _batches(self) -> Iterator[tuple[Tensor | None, Any]]:
         if self._base is None or self._ids == "hash":
@@ -317,7 +320,7 @@ class CandidateLoader:
         """
         base = self._base
         assert base is not None
-        parts |= numbered_parts(base)
+        parts |= numbered_parts(base, self._watch)
         # Wrappers build the inner iterator at the first call of next, so that is done in here.
         # Workers that persist belong to an iterator, and are not to be those of the user's own.
         with standing_in(base, _iterator=self._workers, **parts):

@@ -208,14 +208,15 @@ class _StepEnds(TrainerCallback):
 
 
 class _Gradient(TrainerCallback):
-    """Copy the gradient, clipped as it is, before the optimizer steps."""
+    """Copy the first gradient, clipped as it is, before the optimizer steps."""
 
-    values: dict[str, Tensor]
+    values: dict[str, Tensor] | None = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """See the class."""
-        named = kwargs["model"].named_parameters()
-        self.values = {n: p.grad.to("cpu", copy=True) for n, p in named if p.grad is not None}
+        if self.values is None:
+            named = kwargs["model"].named_parameters()
+            self.values = {n: p.grad.to("cpu", copy=True) for n, p in named if p.grad is not None}
 
 
 @contextmanager
@@ -254,7 +255,7 @@ def _trainer(sizes: StepSizes, side: Side, steps: int, *extra: TrainerCallback) 
 
 @dataclass(frozen=True)
 class FirstStep:
-    """What one optimizer step does.
+    """What an optimizer step does.
 
     Attributes:
         gradient: Of each parameter, on the CPU.
@@ -268,19 +269,28 @@ class FirstStep:
 
 
 def first_step(sizes: StepSizes, side: Side) -> FirstStep:
-    """Take one step, and count."""
-    gradient, rows = _Gradient(), 0
+    """Keep the gradient of the first step, and count what the second does.
+
+    In the first one the callback also asks the model's loss about a row.
+    """
+    gradient, counted, rows = _Gradient(), CountedProducts(), 0
+
+    def begin(step: int) -> None:
+        nonlocal rows
+        if step == 1:
+            rows = counted.flops = 0
 
     def count(_: nn.Module, args: Any, kwargs: Any) -> None:
         nonlocal rows
         rows += (args[0] if args else kwargs["hidden_states"]).shape[0]
 
-    with _trainer(sizes, side, 1, gradient) as trainer:
+    with _trainer(sizes, side, 2, gradient, _StepEnds(sizes.where, begin)) as trainer:
         layers = trainer.model.model.layers
         for layer in layers:  # below what checkpointing calls, so that recomputing is seen
             layer.self_attn.register_forward_pre_hook(count, with_kwargs=True)
-        with CountedProducts() as counted:
+        with counted:
             trainer.train()
+        assert gradient.values is not None
         return FirstStep(gradient.values, rows / len(layers) / sizes.scored, counted.flops)
 
 
