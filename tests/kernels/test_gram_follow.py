@@ -61,10 +61,16 @@ def test_each_implementation_of_a_step(name: str) -> None:
 
 @pytest.fixture
 def accelerate() -> Iterator[Any]:
+    """State is shared by all accelerators of a process: neither take nor leave any."""
     module = pytest.importorskip("accelerate")
+
+    def forget() -> None:
+        module.state.GradientState._reset_state()
+        module.state.AcceleratorState._reset_state(True)
+
+    forget()
     yield module
-    module.state.GradientState._reset_state()  # shared by all accelerators of a process
-    module.state.AcceleratorState._reset_state(True)
+    forget()
 
 
 def test_the_wrapper_of_accelerate_counts_steps_and_not_calls(accelerate: Any) -> None:
