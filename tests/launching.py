@@ -10,13 +10,14 @@ from pathlib import Path
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
+PATIENCE = 840
+"""Seconds after which a launch hangs: no loaded machine needs as many, and pytest waits longer."""
 
 
 def torchrun(
     module: str,
     *arguments: str,
     port: int,
-    timeout: int = 200,
     processes: int = 2,
     restarts: int = 0,
 ) -> str:
@@ -26,7 +27,6 @@ def torchrun(
         module: Below ``tests``, with dots.
         *arguments: Of its command line.
         port: Distinct for each launch that may run at the same time.
-        timeout: Seconds after which the launch has failed.
         processes: Number of ranks.
         restarts: How often all ranks begin anew after one has died.
     """
@@ -43,7 +43,7 @@ def torchrun(
     # torch 2.13 shares one store between attempts, which still holds the addresses of the dead.
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment
+        command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, env=environment
     )
     assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-6000:]}"
     return done.stdout

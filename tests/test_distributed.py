@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from onlinesel import Signals
 from onlinesel.batch import deal
 from onlinesel.distributed import begin_gather, gather_signals
+from tests.launching import PATIENCE
 from tests.three_ranks import RANKS, SCENES
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +33,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         for rank in range(RANKS)
     ]  # fmt: skip
     try:
-        ended = [process.communicate(timeout=120) for process in started]
+        ended = [process.communicate(timeout=PATIENCE) for process in started]
     finally:
         for process in started:
             process.kill()

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.launching import PATIENCE
+
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
@@ -60,7 +62,7 @@ def launch(folder: Path, port: int, *arguments: str) -> str:
     command += [f"--master_port={port}", str(LAUNCH / "train.py"), "--max_steps", "10"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
-        [*command, *arguments], cwd=folder, capture_output=True, text=True, timeout=250,
+        [*command, *arguments], cwd=folder, capture_output=True, text=True, timeout=PATIENCE,
         env={**os.environ, "PATH": path},
     )  # fmt: skip
     # DeepSpeed on a CPU aborts at exit about once in thirty runs, behind the last line.

@@ -21,6 +21,7 @@ from onlinesel.bench._inputs import HeadInputs
 from onlinesel.bench._interpreter import interpret_without_cuda
 from onlinesel.kernels._blocks import Blocks, candidate_blocks
 from onlinesel.kernels._measured import INTERPRETER, Measured
+from tests.launching import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
@@ -139,7 +140,7 @@ def test_on_a_cpu_the_command_interprets_and_says_so(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "onlinesel.bench", *words.split(), "--json", path, "--figure",
          drawing],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(path.read_text())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from onlinesel.strategies import UDS, InfoBatch, LossReweight, SelectiveBackprop
 from tests.callbacks.hosts import collate, make_rows
 from tests.callbacks.loop_hosts import make_loader, make_model, sgd, token_losses, train
 from tests.callbacks.two_ranks import KeepIds, poisoned
+from tests.counting import Work
 from tests.launching import leave
 
 ACCUMULATE = (1, 2)
@@ -277,31 +277,22 @@ def resume(folder: Path) -> None:
 
 
 def cost(folder: Path) -> None:
-    """CPU time of our own code over that of a step with nothing to choose: 1.1 M parameters, two
-    micro-batches of 16 rows of 128 tokens on each rank."""
-    tokens = torch.randint(1, 2048, (384, 128), generator=torch.Generator().manual_seed(0))
-    rows = [{"input_ids": row, "labels": row} for row in tokens.tolist()]
-    sizes = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4}
-    model = wrap("ddp", make_model(vocab_size=2048, max_position_embeddings=128, **sizes))
-    steps = onlinesel.steps(make_loader(16, rows=rows), model, Uniform(), accumulate=2)
-    source, spent = steps._source, 0.0
+    """Count what our own code does in a step of two micro-batches with nothing to choose."""
+    model, work = wrap("ddp", make_model()), Work()
+    rows = make_rows(8 * 8)  # for eight steps of two times two rows on each of two ranks
+    steps = onlinesel.steps(make_loader(rows=rows), model, Uniform(), accumulate=2)
+    source = steps._source
+    plan = work.ours(source.plan)
 
-    def timed(function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal spent
-            began = time.process_time()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                spent += time.process_time() - began
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        work.step()
+        return plan(*args, **kwargs)
 
-        return call
-
-    for name in ("plan", "micro_batches", "finish"):
-        setattr(source, name, timed(getattr(source, name)))
-    began = time.process_time()
+    source.plan = counted  # type: ignore[method-assign]
+    for name in ("micro_batches", "finish"):
+        setattr(source, name, work.ours(getattr(source, name)))
     train(steps, model, sgd(model))
-    save(folder, "cost", [spent, time.process_time() - began])
+    save(folder, "cost", work.each())
 
 
 if __name__ == "__main__":

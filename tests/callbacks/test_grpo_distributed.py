@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("grpo_two_ranks")
-    torchrun("grpo_two_ranks", str(path), port=29615, timeout=280)
+    torchrun("grpo_two_ranks", str(path), port=29615)
     return path
 
 

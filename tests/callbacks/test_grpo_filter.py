@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from onlinesel import Chain, Selection, Signals, Strategy
-from onlinesel.callbacks import _grpo_prompts
+from onlinesel.callbacks import _grpo_meter, _grpo_prompts
 from onlinesel.rl import (
     PassRateBand,
     Refill,
@@ -374,15 +374,14 @@ def test_embedding_the_prompts_is_part_of_the_cost(
     trainer = make_grpo_trainer(tmp_path, (2,) * 20, max_steps=1)
     callback = attach(trainer, prompts=SharedDifficulty())
     monkeypatch.setattr(_grpo_prompts.FeatureCache, "_path", lambda _: tmp_path / "kept")
-    embed, spent = _grpo_prompts.embed_prompts, []
+    embed, now = _grpo_prompts.embed_prompts, [5.0]
 
-    def timed(*args: Any) -> Any:
-        began = time.perf_counter()
-        made = embed(*args)
-        time.sleep(0.3)
-        spent.append(time.perf_counter() - began)
-        return made
+    def tick(*args: Any) -> Any:
+        now[0] += 300.0
+        return embed(*args)
 
-    monkeypatch.setattr(_grpo_prompts, "embed_prompts", timed)
+    clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0] / 2)
+    monkeypatch.setattr(_grpo_meter, "time", clock)
+    monkeypatch.setattr(_grpo_prompts, "embed_prompts", tick)
     trainer.train()
-    assert callback.meter.seconds > spent[0] >= 0.3
+    assert (callback.meter.seconds, callback.meter.cpu_seconds) == (300.0, 150.0)

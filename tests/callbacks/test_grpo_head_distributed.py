@@ -19,7 +19,7 @@ PAIRS = [(engine, name) for engine, names in CASES.items() for name in names]
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("grpo_head_two_ranks")
-    printed = torchrun("callbacks.grpo_head_two_ranks", str(path), port=29631, timeout=280)
+    printed = torchrun("callbacks.grpo_head_two_ranks", str(path), port=29631)
     assert {f"done {engine} {name}" for engine, name in PAIRS} <= set(printed.splitlines())
     return path
 

@@ -26,7 +26,7 @@ def test_resume_is_bit_identical(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.slow
 def test_resume_on_two_processes_is_bit_identical(tmp_path: Path) -> None:
-    printed = torchrun("grpo_resuming", str(tmp_path), port=29616, timeout=280)
+    printed = torchrun("grpo_resuming", str(tmp_path), port=29616)
     assert {f"same {name}" for name in cases()} <= set(printed.splitlines())
 
 

@@ -15,8 +15,8 @@ from tests.callbacks.hosts import make_model, make_rows, reference_gradient, rel
 from tests.callbacks.two_ranks import DIFFERENT
 
 
-def torchrun(script: str, *arguments: str, port: int, timeout: int = 200) -> str:
-    return launching.torchrun(f"callbacks.{script}", *arguments, port=port, timeout=timeout)
+def torchrun(script: str, *arguments: str, port: int) -> str:
+    return launching.torchrun(f"callbacks.{script}", *arguments, port=port)
 
 
 @pytest.fixture(scope="module")
@@ -132,12 +132,15 @@ def test_ranks_that_are_set_up_differently_are_told_at_once(folder: Path) -> Non
 
 @pytest.mark.slow
 def test_nothing_to_choose_costs_at_most_two_percent_of_a_step(folder: Path) -> None:
-    """A step of 16 rows of 128 tokens on each process, 1.1 M parameters.
+    """Counted in a step: three collectives, and calls and operations on small tensors.
 
-    The sizes, the ids and counts of all candidates and the agreement take a collective each, which
-    costs half a millisecond of CPU with gloo whatever the step is: at 8 rows it is 2 %.
+    The sizes, the ids and counts of all candidates and the agreement take a collective each, of
+    half a millisecond of CPU with gloo whatever the step is. With the 930 calls and 119 operations
+    that were seen they took 4 ms of a step's 415 on a shared core (16 rows of 128 tokens on each
+    process, 1.1 million parameters): 1 %, and 2 % would be twice as much.
     """
     for rank in (0, 1):
-        cost = json.loads((folder / f"cost-{rank}.json").read_text())
-        assert cost["ours"] < 0.02 * cost["whole"], cost
-        assert 0 < cost["collectives"] <= 3
+        found = json.loads((folder / f"cost-{rank}.json").read_text())
+        assert 0 < found["calls"] <= 1400 and 0 < found["operations"] <= 180, found
+        assert found["elements"] <= 5000, found
+        assert 0 < found["collectives"] <= 3, found

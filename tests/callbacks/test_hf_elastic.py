@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("elastic")
     for name in elastic.cases():
         elastic.train(path / f"{name}-from-1", name, 1)
-    torchrun("callbacks.elastic", str(path), port=29623, timeout=280)
+    torchrun("callbacks.elastic", str(path), port=29623)
     for name in elastic.cases():
         checkpoint = path / f"{name}-from-2" / f"checkpoint-{elastic.STOP[2]}"
         elastic.train(path / f"{name}-2-to-1", name, 1, resume=checkpoint)

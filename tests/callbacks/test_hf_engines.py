@@ -35,7 +35,7 @@ Rows = dict[int, float]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One launch for all engines and scenarios: starting two processes takes the time."""
     path = tmp_path_factory.mktemp("engines")
-    printed = torchrun("callbacks.engines", str(path), port=29622, timeout=280)
+    printed = torchrun("callbacks.engines", str(path), port=29622)
     (path / "printed").write_text(printed)
     done = {f"done {e} {name}" for e in engines.ENGINES for name in engines.scenarios()}
     assert done <= set(printed.splitlines())

@@ -24,7 +24,7 @@ def test_resume_in_mid_epoch_is_bit_identical(tmp_path: Path, name: str) -> None
 
 @pytest.mark.slow
 def test_resume_on_two_processes_is_bit_identical(tmp_path: Path) -> None:
-    printed = torchrun("resuming", str(tmp_path), port=29612, timeout=280)
+    printed = torchrun("resuming", str(tmp_path), port=29612)
     assert {f"same {name}" for name in cases()} <= set(printed.splitlines())
 
 

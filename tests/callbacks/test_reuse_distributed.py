@@ -34,7 +34,7 @@ CASES = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("reuse")
     printed = torchrun(
-        "callbacks.reuse_two_ranks", str(path), *ENGINES, port=29625, timeout=280
+        "callbacks.reuse_two_ranks", str(path), *ENGINES, port=29625
     )  # fmt: skip
     assert {f"done {engine} {name}" for engine, name in CASES} <= set(printed.splitlines())
     return path

@@ -176,7 +176,7 @@ if __name__ == "__main__":
     plain(out)
     disagree(out)
     different(out)
-    (out / f"cost-{dist.get_rank()}.json").write_text(json.dumps(uniform_run(out, batch=16)))
+    (out / f"cost-{dist.get_rank()}.json").write_text(json.dumps(uniform_run(out)))
     for scenario, values in scenarios().items():
         run(out, scenario, values)
     leave()

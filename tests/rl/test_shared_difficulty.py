@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import time
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor
 from onlinesel.rl.prompts import PromptPool, PromptSampler
 from onlinesel.rl.shared_difficulty import SharedDifficulty
 from onlinesel.rl.uniform_prompts import UniformPrompts
+from tests.counting import Operations
 
 TRIALS = 8
 NAN = float("nan")
@@ -354,14 +355,16 @@ def test_it_finds_the_problems_worth_rolling_out() -> None:
 
 
 def test_a_hundred_thousand_problems_take_milliseconds() -> None:
+    """Counted: 121 operations on 35 elements a problem took 3 ms of a core."""
     size = 100_000
     pool = PromptPool(SharedDifficulty(), size, trials=TRIALS, features=randn(size, 8))
     ids = torch.arange(64)
-    begin = time.process_time()
-    for _ in range(20):
-        pool.propose(64)
-        pool.observe(ids, torch.full((64,), 4), torch.full((64,), TRIALS))
-    assert (time.process_time() - begin) / 20 < 0.05
+    for _ in range(3):
+        seen: Counter[str] = Counter()
+        with Operations(seen):
+            pool.propose(64)
+            pool.observe(ids, torch.full((64,), 4), torch.full((64,), TRIALS))
+        assert seen["operations"] <= 200 and seen["elements"] <= 50 * size, seen
 
 
 @pytest.mark.parametrize(
