@@ -12,7 +12,14 @@ from typing import Any
 
 from onlinesel.kernels._blocks import Blocks
 
-__all__ = ["compiled", "compiled_fused", "compiled_merge", "compiled_tile", "usage"]
+__all__ = [
+    "compiled",
+    "compiled_fused",
+    "compiled_gradient",
+    "compiled_merge",
+    "compiled_tile",
+    "usage",
+]
 
 
 def compiled(
@@ -93,6 +100,17 @@ def compiled_tile(columns: int, warps: int, arch: int) -> Any:
     types |= {"tile": "*fp32", "bias": "*bf16", "targets": "*i64", "inverse": "*fp32"}
     types |= {"width": "i32", "start": "i32", "scale": "fp32", "cap": "fp32"}
     constants = dict.fromkeys(("BIAS", "CAP", "TEMPERED", "SQUARES", "SPREAD"), True)
+    return compiled(kernel, types, {**constants, "COLUMNS": columns}, arch, num_warps=warps)
+
+
+def compiled_gradient(columns: int, warps: int, arch: int) -> Any:
+    """Compile the kernel of a tile's gradient with everything it can do."""
+    kernel = importlib.import_module("onlinesel.kernels._gradient").gradient_kernel
+    types = dict.fromkeys(("inverse", "log_norm", "entropy", "at_label"), "*fp32")
+    types |= dict.fromkeys(("tile", "of_logprob", "of_entropy"), "*fp32")
+    types |= {"out": "*bf16", "bias": "*bf16", "targets": "*i64"}
+    types |= {"width": "i32", "scale": "fp32", "cap": "fp32"}
+    constants = dict.fromkeys(("BIAS", "CAP", "TEMPERED", "SPREAD"), True)
     return compiled(kernel, types, {**constants, "COLUMNS": columns}, arch, num_warps=warps)
 
 

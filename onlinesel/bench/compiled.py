@@ -14,7 +14,13 @@ from typing import Any
 
 import torch
 
-from onlinesel.bench._compile import compiled_fused, compiled_merge, compiled_tile, usage
+from onlinesel.bench._compile import (
+    compiled_fused,
+    compiled_gradient,
+    compiled_merge,
+    compiled_tile,
+    usage,
+)
 from onlinesel.bench._settings import command, machine, numbers
 from onlinesel.bench._text import bars, new_figure, table
 from onlinesel.bench._ways import note_failure
@@ -89,6 +95,7 @@ def _kernels(arch: int) -> Iterator[tuple[str, Blocks | None, Any, int]]:
             return compiled_tile(columns, warps, arch)
 
         yield f"tile, {columns} columns w{warps}", None, tile, warps
+    yield "gradient, 2048 columns w4", None, lambda: compiled_gradient(2048, 4, arch), 4
     yield "merge", None, lambda: compiled_merge(arch), 4
 
 

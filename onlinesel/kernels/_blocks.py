@@ -25,9 +25,9 @@ class Blocks(NamedTuple):
         tiles: Tiles of a split.
         together: Blocks of tokens that share one read of the weight: their hidden states should
             fit the cache of the device beside it.
-        described: Load through tensor descriptors, which Hopper's copy engine (TMA) serves. Off
-            by default: compiled for Hopper it spills no register where plain loads spill a few;
-            whether it is faster is for a search on a GPU to tell.
+        described: Load through tensor descriptors, which Hopper's copy engine (TMA) serves: 0.77
+            of the bare product where plain loads reach 0.58 (128x128x64, d = 896, docs/gpu.md).
+            Off by default, because a row of the weight must begin at a multiple of 16 bytes.
     """
 
     tokens: int
@@ -57,22 +57,21 @@ _WIDE = Blocks(128, 256, 64, 8, 3)
 # For the 227 KiB and the wgmma of Hopper. 8,192 tokens by 151,936 entries, cut in splits of 18
 # tiles of 256 entries or 36 of 128, are 2,112 programs of 128 tokens: 132 multiprocessors take 16
 # each, where 32 tiles leave some of them idle in the last round.
+# Two programs fit a multiprocessor: one multiplies while the other takes its exponentials, which at
+# d = 896 are a seventh of the product. The fastest of a first search on an H200 (0.77 of the bare
+# product at d = 896, the default 0.62); most of the others are its neighbours.
+_PAIR = Blocks(128, 128, 64, 4, 3, tiles=36, described=True)
 _WIDE_CANDIDATES = (
     _WIDE,  # the default: what the others must beat
-    _WIDE._replace(tiles=18, together=64),  # all of H (15 MB at d = 896) in L2, W read once
-    _WIDE._replace(described=True),  # the copy engine spares the registers of addresses
-    _WIDE._replace(described=True, tiles=18),  # and no idle round
-    _WIDE._replace(described=True, tiles=18, stages=4),  # a load more in flight, 192 KiB
-    _WIDE._replace(described=True, tiles=18, stages=4, together=64),  # and for a small d
-    # Half as many waits in a product: each step is twice as deep.
-    Blocks(128, 256, 128, 8, 2, tiles=18, described=True),
-    # Small accumulators: no register is short, and the loads of four steps are in flight.
-    Blocks(128, 128, 64, 8, 4, tiles=36, described=True),
-    # Two programs fit a multiprocessor: one multiplies while the other takes its exponentials,
-    # which at d = 896 are a seventh of the product.
-    Blocks(128, 128, 64, 4, 3, tiles=36, described=True),
-    Blocks(128, 128, 64, 4, 3, tiles=36, together=64),
-    Blocks(64, 256, 64, 4, 2, tiles=18, together=32, described=True),
+    _WIDE._replace(described=True, tiles=18),  # the copy engine, and no idle round
+    _PAIR,
+    _PAIR._replace(together=64),  # all of H (15 MB at d = 896) in L2, W read once
+    _PAIR._replace(together=8),
+    _PAIR._replace(tiles=72),  # half as many states to merge
+    _PAIR._replace(stages=2),
+    _PAIR._replace(depth=32, stages=6),  # the same bytes in flight, in smaller steps
+    _PAIR._replace(described=False),
+    Blocks(128, 64, 64, 4, 4, tiles=72, described=True),  # three programs on a multiprocessor
     # Each tile of W serves twice the tokens.
     Blocks(256, 128, 64, 8, 4, tiles=36, together=8, described=True),
 )
@@ -117,7 +116,7 @@ def candidate_blocks(dtype: torch.dtype, shared: int) -> tuple[Blocks, ...]:
     Example:
         >>> import torch
         >>> len(candidate_blocks(torch.bfloat16, 227 * 1024))
-        12
+        11
     """
     if dtype == torch.float32:
         return (_FLOAT32,)

@@ -31,6 +31,8 @@ _POLAR_STEPS, _POLAR_LOWER = 13, 3.0e-7
 # No step aims below this share of its upper bound: the polynomial that is best down to a tiny lower
 # bound takes some large singular values close to 0, where float32 rounds their directions away.
 _POLAR_CUSHION = 0.024
+# Whose tensor cores multiply float64 as fast as the others do float32: A100, H100 and H200, B200.
+_FAST_DOUBLE = ((8, 0), (9, 0), (10, 0))
 _POLAR_SAFETY = 1.01  # without it, rounding pushes a singular value past 1 and the steps diverge
 
 
@@ -56,11 +58,12 @@ def logit_nuclear_norm(
         rows: ``(B, T)`` mask of the rows that count, or None for all. Other rows may hold
             anything, nan included.
         method: ``"gram"``: eigenvalues of the smaller of ``A A^T`` and ``A^T A`` in float64, found
-            on the CPU. ``"polar"``: float32 products only, for accelerators, where solvers are
-            slow; singular values below 3e-7 of their norm may count in part. ``"svd"``: singular
-            values of ``A`` in float64, for audits. ``"stream"``: ``Z Z^T`` in float64 over
-            vocabulary parts, which alone knows soft caps. ``"auto"``: stream under a soft cap,
-            else polar on an accelerator and gram on a CPU.
+            on the CPU. ``"polar"``: products only, for accelerators, where solvers are slow; in
+            float32, or in float64 where that is as fast (A100, H100, H200, B200). Singular values
+            below 3e-7 of their norm may count in part. ``"svd"``: singular values of ``A`` in
+            float64, for audits. ``"stream"``: ``Z Z^T`` in float64 over vocabulary parts, which
+            alone knows soft caps. ``"auto"``: stream under a soft cap, else polar on an accelerator
+            and gram on a CPU.
         gram: The cached factor of this head, or None to compute it for this call.
 
     Returns:
@@ -208,19 +211,25 @@ def _gram_polar(grams: Tensor) -> Tensor:
     g = grams / scale.square()
     product = torch.eye(grams.shape[1], dtype=grams.dtype, device=grams.device).expand_as(g)
     one = product
-    for c1, c3, c5 in _polar_coefficients(_POLAR_STEPS, _POLAR_LOWER):
+    for step, (c1, c3, c5) in enumerate(_polar_coefficients(_POLAR_STEPS, _POLAR_LOWER)):
         q = c1 * one + c3 * g + c5 * (g @ g)
-        product, g = q @ product, q @ g @ q
+        product = q @ product if step else q
+        if step < _POLAR_STEPS - 1:
+            g = q @ g @ q
     return (product * grams).sum(dim=(1, 2)) / scale[:, 0, 0]
 
 
 def _polar(reduced: Tensor) -> Tensor:
     """Return the nuclear norm ``<A, polar(A)>`` of a batch of matrices, by products only.
 
-    Not in TF32, although the products are most of the time on a GPU: factors rounded to its 10 bits
-    were emulated, and cost between 1e-5 and 5e-4 of the norm.
+    Where float64 is fast and the matrices are wide, their (T, T) Gram matrices take fewer products.
+    Else not in TF32, although the products are most of the time on a GPU: factors rounded to its 10
+    bits were emulated, and cost between 1e-5 and 5e-4 of the norm.
     """
     a = reduced if reduced.shape[1] <= reduced.shape[2] else reduced.mT
+    if 2 * a.shape[2] >= 3 * a.shape[1] and _doubles(a.device):
+        wide = a.double()
+        return _gram_polar(wide @ wide.mT).to(a.dtype)
     size = torch.linalg.vector_norm(a, dim=(1, 2), keepdim=True)
     # Zero samples divide by a tiny number and stay 0.
     x = a / (_POLAR_SAFETY * size).clamp(min=torch.finfo(a.dtype).tiny)
@@ -228,6 +237,11 @@ def _polar(reduced: Tensor) -> Tensor:
         g = x @ x.mT
         x = torch.baddbmm(x, c3 * g + c5 * (g @ g), x, beta=c1)
     return (a * x).sum(dim=(1, 2))
+
+
+def _doubles(device: torch.device) -> bool:
+    """Return whether a device multiplies float64 as fast as float32."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in _FAST_DOUBLE
 
 
 @lru_cache

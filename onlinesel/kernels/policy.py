@@ -13,6 +13,7 @@ ZeRO-3 has taken apart since the forward pass is gathered for the backward pass,
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, NamedTuple
 
 import torch
@@ -234,7 +235,9 @@ def _gradients(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Return the gradients of the states of these tokens, and of the tensors of the head."""
     dtype, base, bias = rows.log_norm.dtype, head.base, head.bias
-    width, step = tile_shape(head.device, head.vocab_size, plan.vocab_chunk, plan.token_chunk)
+    width, step = tile_shape(
+        head.device, head.vocab_size, plan.vocab_chunk, plan.token_chunk, count=len(rows.states)
+    )
     kind = plan.compute_dtype or base.dtype
     cast = kind != base.dtype
     # Where the device multiplies 16-bit factors into float32, nothing is copied.
@@ -244,12 +247,15 @@ def _gradients(
     of_weight = torch.zeros_like(base) if isinstance(base, Tensor) and wanted[1] else None
     of_bias = torch.zeros_like(bias) if bias is not None and wanted[2] else None
     if of_weight is not None and plan.vocab_chunk is None:
-        # The sums of a tile's rows and what is added to them: 32 MiB each at most.
-        width = min(width, max(64, 2**23 // head.hidden_size))
+        # The sums of a tile's rows and what is added to them: 64 MiB each at most.
+        width = min(width, max(64, 2**24 // head.hidden_size))
     adapters = [
         AdapterGradient(low, factors, step, dtype, wanted[3 + 2 * i : 5 + 2 * i])
         for i, low in enumerate(head.low_rank)
     ]
+    rounded = narrow and kind == torch.bfloat16  # float16 would lose small gradients
+    # What sums the tile itself gets it in float32.
+    at_once = rounded and not adapters and of_bias is None
     entries_left = head.vocab_size if any(wanted) and len(factors) else 0
     for start in range(0, entries_left, width):
         part = head.part(start, start + width, kind if cast or narrow else dtype)
@@ -259,12 +265,13 @@ def _gradients(
         bias_sums = torch.zeros(part.vocab_size, dtype=dtype, device=weight.device)
         for first in range(0, len(factors), step):
             here = slice(first, first + step)
-            dz = _tile_gradient(_slice(rows, here), factors[here], part, start)
+            tile = _slice(rows, here), factors[here], part, start
+            dz = _tile_gradient(*tile, plan.backend, kind if at_once else dtype)
             if of_bias is not None:
                 bias_sums += dz.sum(0)
             for adapter in adapters:
                 adapter.add(dz, here, entries)
-            if narrow and kind == torch.bfloat16:  # float16 would lose small gradients
+            if rounded:
                 dz = dz.to(kind)
             if of_states is not None:
                 of_states[here] += _multiply(dz, weight)
@@ -284,8 +291,16 @@ def _gradients(
     return of_states, [of_weight, of_bias, *thin]
 
 
-def _tile_gradient(rows: _Rows, factors: Tensor, part: LMHead, start: int) -> Tensor:
+def _tile_gradient(
+    rows: _Rows, factors: Tensor, part: LMHead, start: int, backend: str, dtype: torch.dtype
+) -> Tensor:
     """Return the gradient of the products ``H W^T`` of one tile, (n, entries)."""
+    if backend != "torch":
+        kernel = importlib.import_module("onlinesel.kernels._gradient")
+        found: Tensor = kernel.tile_gradient(
+            _products(factors, part, rows.log_norm.dtype), part, start, rows[1:], dtype
+        )
+        return found
     capped = _logits(factors, part, rows.log_norm.dtype)
     slope = None
     if part.softcap is not None:
@@ -309,20 +324,26 @@ def _tile_gradient(rows: _Rows, factors: Tensor, part: LMHead, start: int) -> Te
         dz.mul_(rows.inverse.unsqueeze(1))
     if slope is not None:
         dz.mul_(slope)
-    return dz.mul_(part.scale)
+    return dz.mul_(part.scale).to(dtype)
 
 
 def _logits(factors: Tensor, part: LMHead, dtype: torch.dtype) -> Tensor:
     """Return the logits of a tile before the temperature, in the accumulation dtype."""
     if not keeps_float32(factors, part.base):
         return part.logits(factors)
-    z = wide_mm(factors, part.base_rows().T)
-    for low in part.low_rank:
-        z.addmm_(low.reduced(factors.to(dtype)), low.b.to(dtype).T)
+    z = _products(factors, part, dtype)
     if part.bias is not None:
         z.add_(part.bias.to(dtype))
     z.mul_(part.scale)
     return z if part.softcap is None else z.div_(part.softcap).tanh_().mul_(part.softcap)
+
+
+def _products(factors: Tensor, part: LMHead, dtype: torch.dtype) -> Tensor:
+    """Return the products of a tile, those of the adapters included: logits without the rest."""
+    z = wide_mm(factors, part.base_rows().T)
+    for low in part.low_rank:
+        z.addmm_(low.reduced(factors.to(dtype)), low.b.to(dtype).T)
+    return z
 
 
 def _multiply(one: Tensor, two: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ numbers up to rounding:
 ``"torch"``
     torch operations on every device, in float64 for float64 inputs: the oracle.
 ``"tile"``
-    On CUDA, with triton. The vendor's product writes float32 logits into a tile of 32 MiB, one
+    On CUDA, with triton. The vendor's product writes float32 logits into a tile of 64 MiB, one
     kernel reads them once.
 ``"triton"``
     On CUDA, with triton. Product and summary in one kernel; beside the result it needs 20 bytes

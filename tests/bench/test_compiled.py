@@ -46,9 +46,10 @@ def test_the_file_holds_what_a_search_tries_and_all_of_it_fits(path: Path) -> No
             if arch <= 90:  # which the sizes were chosen for
                 assert entry["stack"] <= compiled.HARMFUL and entry["registers"] <= 255, entry
             if blocks.warps == 4:  # chosen because two of them fit
-                assert entry["programs"] == 2, entry
-        small = [e for label, e in found.items() if label.startswith(("tile", "merge"))]
-        assert len(small) == 4 and all(e["verdict"] == "fits" for e in small)
+                assert entry["programs"] >= 2, entry
+        names = ("tile", "gradient", "merge")
+        small = [e for label, e in found.items() if label.startswith(names)]
+        assert len(small) == 5 and all(e["verdict"] == "fits" for e in small)
     assert len(FILES) == 2 and len({json.loads(f.read_text())["triton"] for f in FILES}) == 2
 
 
@@ -58,19 +59,19 @@ def test_the_counts_are_what_the_file_says(monkeypatch: pytest.MonkeyPatch, tmp_
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tried = candidate_blocks(torch.bfloat16, 227 * 1024)
-    one = {torch.bfloat16: tried[7:8]}
+    one = {torch.bfloat16: tried[6:7]}
     monkeypatch.setattr(compiled, "candidate_blocks", lambda dtype, shared: one.get(dtype, ()))
     found = {entry["label"]: entry for entry in entries(bench_compiled([90]), 90)}
-    assert {f"fused bfloat16 {tried[7]}", "tile, 4096 columns w8", "merge"} < found.keys()
+    assert {f"fused bfloat16 {tried[6]}", "tile, 4096 columns w8", "merge"} < found.keys()
     same = [file for file in FILES if json.loads(file.read_text())["triton"] == triton.__version__]
     for file in same:
         known = {entry["label"]: entry for entry in entries(json.loads(file.read_text()), 90)}
         for label in found.keys() & known.keys():
             assert found[label] == known[label]
-    entry = found[f"fused bfloat16 {tried[7]}"]
-    # Four steps of 64 x (128 + 128) 16-bit numbers, and a few barriers.
-    assert 0 <= entry["shared"] - 4 * 64 * 256 * 2 < 256
-    twin = found[f"fused bfloat16 {tried[7]._replace(described=False)} (not searched)"]
+    entry = found[f"fused bfloat16 {tried[6]}"]
+    # Two steps of 64 x (128 + 128) 16-bit numbers, and a few barriers.
+    assert 0 <= entry["shared"] - 2 * 64 * 256 * 2 < 256
+    twin = found[f"fused bfloat16 {tried[6]._replace(described=False)} (not searched)"]
     assert entry["instructions"] == ["wgmma", "tma"]
     assert twin["instructions"] == ["wgmma", "cp.async"]
 

@@ -234,6 +234,22 @@ def test_targets_are_read_from_the_files() -> None:
     assert {row["verdict"] for row in judge(tiny)} == {"not measured"}
 
 
+def test_a_clone_that_is_not_installed_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onlinesel.callbacks", None)  # as where there is none
+    with pytest.raises(RuntimeError, match="bench_gpu: onlinesel must be installed, got a clone"):
+        bench_gpu(1, tmp_path, device="cpu")
+
+
+def test_the_share_of_a_search_is_its_winners() -> None:
+    ways = {"a": {"of_gemm": 0.6}, "b": {"of_gemm": 0.8}}
+    for winner, measured in (("b", 0.8), (None, None)):
+        point = {"winner": winner, "ways": ways}
+        rows = judge({"blocks_896": {"result": {"points": [point]}}})
+        assert [r["measured"] for r in rows if r["phase"] == "blocks_896"] == [measured]
+
+
 def test_the_figure_shows_shares_of_the_targets(tmp_path: Path) -> None:
     figure({"targets": judge(results())}, str(tmp_path / "drawing.png"))
     assert (tmp_path / "drawing.png").read_bytes()[:4] == b"\x89PNG"

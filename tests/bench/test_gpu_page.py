@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def test_the_table_of_measured_choices_is_that_of_the_files() -> None:
     for name, file in read_results(RESULTS).items():
         if name.startswith("blocks_") and file["status"] == "done":
             for point in file["result"]["points"]:
-                rows.append(eval(point["entry"].strip().rstrip(","), {**vars(_measured)}))
+                entry = textwrap.dedent(point["entry"]).strip().rstrip(",")
+                rows.append(eval(entry, {**vars(_measured)}))
     assert sorted(rows, key=str) == sorted(_measured.MEASURED, key=str)
 
 

@@ -57,6 +57,10 @@ def test_products_are_counted_forward_and_backward() -> None:
         out = torch.mm(torch.ones(2, 4), torch.ones(4, 3), out=torch.empty(2, 3))
         out.addmm_(torch.ones(2, 4), torch.ones(4, 3))
     assert counted.flops == 2 * (2 * 2 * 4 * 3)
+    # On CUDA the dtype of the result comes fourth.
+    matrices = torch.ones(2, 3), torch.ones(2, 4), torch.ones(4, 3)
+    wide = counted._count(torch.ops.aten.addmm, (*matrices, torch.float32), {}, matrices[0])
+    assert wide == 2 * 2 * 4 * 3
     # Queries of 4 heads meet keys and values of 2: each head has two products of 6 x 6 x 8.
     query, key = torch.randn(2, 4, 6, 8, requires_grad=True), torch.randn(2, 2, 6, 8)
     with CountedProducts() as counted:

@@ -16,7 +16,7 @@ from torch.library import opcheck
 from triton.runtime.interpreter import TensorDescHandle
 
 from onlinesel.bench import bench_grpo, bench_scores
-from onlinesel.kernels import LMHead, TokenScores, policy_logprobs, token_scores
+from onlinesel.kernels import LMHead, TokenScores, token_scores
 from onlinesel.kernels import _fused as fused
 from onlinesel.kernels import _measured as measured
 from onlinesel.kernels import _tile as tile
@@ -265,17 +265,6 @@ def test_the_fused_kernel_takes_the_sizes_of_the_measured_row(
         chosen.clear()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_policy_logprobs_over_each_backend(backend: str) -> None:
-    hidden, head, labels = sample(9, 16, 90, std=4.0)
-    hidden.requires_grad_()
-    ours = policy_logprobs(hidden, head, labels, 0.7, backend=backend)
-    oracle = policy_logprobs(hidden, head, labels, 0.7)
-    gradients = [torch.autograd.grad((side[0] + side[1]).sum(), hidden) for side in (ours, oracle)]
-    for one, two in zip((*ours, *gradients[0]), (*oracle, *gradients[1]), strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=2e-5)
-
-
 def test_strided_inputs_and_mixed_types() -> None:
     hidden, head, labels = sample(9, 32, 60, std=3.0, dtype=torch.bfloat16)
     wide = torch.zeros(9, 80, dtype=torch.bfloat16)
@@ -361,19 +350,6 @@ def test_a_head_that_is_made_breaks_the_graph_and_no_more() -> None:
 
     compiled = torch.compile(score, backend="eager")
     torch.testing.assert_close(compiled(hidden, labels), score(hidden, labels))
-
-
-@pytest.mark.parametrize("kind", ["rows", "lora", "qlora"])
-def test_policy_logprobs_over_heads_that_are_made(kind: str) -> None:
-    head = made_head(kind, v=90, d=16, dtype=torch.float32)
-    hidden = torch.randn(9, 16, generator=torch.Generator().manual_seed(4)).requires_grad_()
-    wanted = [hidden, *(x.requires_grad_() for low in head.low_rank for x in (low.a, low.b))]
-    found = []
-    for backend in ("tile", "torch"):
-        both = policy_logprobs(hidden, head, torch.arange(9), 0.7, backend=backend)
-        found.append([*both, *torch.autograd.grad(both[0].sum() + both[1].sum(), wanted)])
-    for one, two in zip(*found, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=2e-5)
 
 
 def test_benchmarks_go_through_our_kernels_and_not_through_others() -> None:

@@ -141,7 +141,7 @@ def test_the_text_of_a_row_is_the_row(row: Measured) -> None:
 
 
 @pytest.mark.parametrize(("kibibytes", "described", "count"), [
-    (227, True, 12), (163, False, 6), (99, False, 6)
+    (227, True, 11), (163, False, 6), (99, False, 6)
 ])  # fmt: skip
 def test_candidates_fit_and_begin_with_the_default(
     kibibytes: int, described: bool, count: int
@@ -212,8 +212,10 @@ def test_accuracy_on_a_gpu(backend: str, dtype: torch.dtype) -> None:
     )
     top = float(true["z"].abs().max())
     assert out.nll is not None and out.entropy is not None and out.el2n is not None
-    assert (out.nll.cpu() - true["nll"]).abs().max() <= 2e-5 + 1e-6 * top
-    assert (out.entropy.cpu() - true["entropy"]).abs().max() <= 3e-5
+    # Tensor cores cut the sums of 16-bit products off instead of rounding them: 1e-6 of a logit.
+    cut = 0.0 if dtype == torch.float32 or backend == "torch" else 2e-6 * top
+    assert (out.nll.cpu() - true["nll"]).abs().max() <= 2e-5 + 1e-6 * top + cut
+    assert (out.entropy.cpu() - true["entropy"]).abs().max() <= 3e-5 + cut
     kept = true["p"] < 1 - 1e-6
     assert ((out.el2n.cpu() - true["el2n"]) / true["el2n"])[kept].abs().max() <= 1e-4
 

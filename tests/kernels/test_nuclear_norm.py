@@ -12,8 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from onlinesel.kernels import HeadGram, LMHead, logit_nuclear_norm
+from onlinesel.kernels import HeadGram, LMHead, logit_nuclear_norm, nuclear_norm
 from onlinesel.kernels.nuclear_norm import (
     _POLAR_CUSHION,
     _POLAR_LOWER,
@@ -217,6 +218,22 @@ def test_autocast_does_not_reach_the_products() -> None:
     assert torch.equal(ours, plain) and not ours.requires_grad
 
 
+def test_polar_takes_fewer_products_where_float64_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    for doubles in (False, True):
+        monkeypatch.setattr(nuclear_norm, "_doubles", lambda device, answer=doubles: answer)
+        for shape in ((2, 8, 32), (2, 8, 11)):  # wide, and nearly square
+            matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            with FlopCounterMode(display=False) as counted:
+                norms = nuclear_norm._polar(matrices)
+            assert relative(norms, torch.linalg.svdvals(matrices.double()).sum(1)) <= 2e-6
+            counts.append(counted.get_total_flops())
+    square, steps = 2 * 2 * 8**3, _POLAR_STEPS
+    assert counts[0] == steps * (2 * square * 32 / 8 + square)
+    assert counts[2] == square * 32 / 8 + (4 * steps - 3) * square < counts[0] / 2
+    assert counts[1] == counts[3]
+
+
 def test_polar_steps_take_singular_values_to_one() -> None:
     for steps, lower in ((_POLAR_STEPS, _POLAR_LOWER), (10, 1e-4)):
         x = torch.logspace(math.log10(lower), 0, 4000, dtype=torch.float64) / 1.01
@@ -228,9 +245,13 @@ def test_polar_steps_take_singular_values_to_one() -> None:
         assert (x - 1).abs().max() < 2e-7
 
 
+@pytest.mark.parametrize("doubles", [False, True], ids=["float32", "float64"])
 @pytest.mark.parametrize("power", [0.5, 1.6])
 @pytest.mark.parametrize(("d", "t"), [(512, 128), (384, 700)])
-def test_polar_accuracy_at_size(d: int, t: int, power: float) -> None:
+def test_polar_accuracy_at_size(
+    d: int, t: int, power: float, doubles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nuclear_norm, "_doubles", lambda device: doubles)
     g = torch.Generator().manual_seed(1)
     spectrum = torch.arange(1, d + 1).double() ** -power  # 1.6: condition 1e6 and 5e6
     hidden = (torch.randn(1, t, d, generator=g).double() * spectrum).bfloat16()

@@ -320,14 +320,15 @@ def test_errors(change: dict[str, Any], error: type[Exception], text: str) -> No
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["torch", "tile", "triton"])
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_gradients_on_a_gpu(dtype: torch.dtype, bound: float, backend: str) -> None:
-    hidden, head, labels = sample(shape=(200,), d=64, v=5000, std=6.0, dtype=dtype)
+def test_gradients_on_a_gpu(dtype: torch.dtype, bound: float, bias: bool, backend: str) -> None:
+    hidden, head, labels = sample(shape=(200,), bias=bias, d=64, v=5000, std=6.0, dtype=dtype)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves(hidden, head)]
     near = [leaf.detach().cuda().requires_grad_() for leaf in leaves(hidden, head)]
-    on = LMHead(near[1], near[2])
+    on, exact = (LMHead(*side[1:]) for side in (near, wide))
     ours = policy_logprobs(near[0], on, labels.cuda(), backend=backend)
-    true = plain(wide[0], LMHead(wide[1], wide[2]), labels)
+    true = plain(wide[0], exact, labels)
     found = torch.autograd.grad(ours[0].sum() + ours[1].sum(), near)
     expected = torch.autograd.grad(true[0].sum() + true[1].sum(), wide)
     for one, two in zip(found, expected, strict=True):

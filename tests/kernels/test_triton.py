@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from onlinesel.bench._compile import compiled_fused, compiled_merge, compiled_tile, usage
+from onlinesel.bench._compile import (
+    compiled_fused,
+    compiled_gradient,
+    compiled_merge,
+    compiled_tile,
+    usage,
+)
 from onlinesel.kernels._blocks import Blocks, default_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +30,7 @@ def test_the_numbers_in_the_interpreter() -> None:
     # The mode must be set before triton is imported, so it takes a process of its own.
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no",
-         "--tb=short", "tests/kernels/interpreted.py"],
+         "--tb=short", "tests/kernels/interpreted.py", "tests/kernels/interpreted_policy.py"],
         cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
         timeout=280,
     )  # fmt: skip
@@ -81,4 +87,5 @@ def test_the_count_sees_spills() -> None:
 
 def test_the_small_kernels_on_hopper() -> None:
     assert usage(compiled_tile(4096, 8, 90))["STACK"] == 0
+    assert usage(compiled_gradient(2048, 4, 90))["STACK"] == 0
     assert usage(compiled_merge(90))["STACK"] == 0

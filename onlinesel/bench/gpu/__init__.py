@@ -63,8 +63,8 @@ def bench_gpu(
         of those that a second call would run.
 
     Raises:
-        ValueError: ``minutes`` is not positive, a phase is unknown, there is no such device, or the
-            folder holds results of another machine.
+        ValueError: ``minutes`` is not positive, a phase or device is unknown, or the folder holds
+            results of another machine.
 
     Example:
         ```python
@@ -135,7 +135,15 @@ def _source() -> str:
     """Return a digest of the code, so that results say which version gave them."""
     digest = sha256()
     for name in ("onlinesel", "onlinesel.callbacks", "onlinesel.recipes"):
-        (folder,) = importlib.import_module(name).__path__
+        try:
+            (folder,) = importlib.import_module(name).__path__
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise
+            raise RuntimeError(
+                "bench_gpu: onlinesel must be installed, got a clone alone, which has no "
+                f"{name}. Run `pip install --no-deps --no-build-isolation -e .` in it."
+            ) from None
         for path in sorted(Path(folder).rglob("*.py")):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]

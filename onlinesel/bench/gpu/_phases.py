@@ -151,7 +151,7 @@ def _blocks(task: Task, width: int) -> Result:
     )  # fmt: skip
 
 
-def _trainer(task: Task) -> Any:
+def _trainer(task: Task, preset: str, rows: int, micro_batch: int | None) -> Any:
     """Return the benchmark of steps and its sizes."""
     if importlib.util.find_spec("transformers") is None:
         raise LeftOut("transformers is not installed")
@@ -159,19 +159,20 @@ def _trainer(task: Task) -> Any:
     if task.tiny:
         return bench_step, bench_step.StepSizes("tiny", rows=1, tokens=8, device=task.device)
     return bench_step, bench_step.StepSizes(
-        "qwen2.5-0.5b", rows=4, tokens=512, dtype="bfloat16", device=task.device
-    )
+        preset, rows=rows, tokens=512, micro_batch=micro_batch, dtype="bfloat16",
+        device=task.device,
+    )  # fmt: skip
 
 
-def _steps(task: Task) -> Result:
-    bench, sizes = _trainer(task)
+def _steps(task: Task, preset: str, rows: int, micro_batch: int | None) -> Result:
+    bench, sizes = _trainer(task, preset, rows, micro_batch)
     few = {"steps": 1, "repeats": 1, "memory": False} if task.tiny else {"steps": 5, "repeats": 2}
     return bench.bench_step(sizes, **few)
 
 
 def _callback(task: Task) -> Result:
     """What the callback costs with nothing to choose, and where a chosen step waits."""
-    _, sizes = _trainer(task)
+    _, sizes = _trainer(task, "qwen2.5-0.5b", 4, None)
     trainer: Any = importlib.import_module("onlinesel.recipes._bench_trainer")
     waits: Any = importlib.import_module("onlinesel.recipes._bench_waits")
     steps, turns = (2, 1) if task.tiny else (10, 3)
@@ -188,18 +189,24 @@ def _callback(task: Task) -> Result:
     return found | {f"waits_{entry['strategy']}": entry for entry in counted}
 
 
+_HALF, _LARGER = "qwen2.5-0.5b", "qwen2.5-1.5b"
 PHASES = (
     Phase("environment", "versions, clocks as found, two ceilings", 30, _environment),
     Phase("tests", "the tests marked gpu", 90, _tests),
+    Phase("blocks_896", "sizes of the fused kernel, width 896", 60, partial(_blocks, width=896)),
+    Phase("blocks_3584", "the same, width 3584", 60, partial(_blocks, width=3584)),
     Phase("scores_896", "token scores, width 896", 45, partial(_scores, width=896)),
-    Phase("scores_3584", "token scores, width 3584", 60, partial(_scores, width=3584)),
-    Phase("uds_3584", "UDS, 16 x 512 tokens, width 3584", 75, partial(_uds, width=3584)),
-    Phase("steps", "whole steps of the sizes of Qwen2.5-0.5B", 120, _steps),
     Phase("policy", "a policy's head, forward and backward", 75, _policy),
-    Phase("blocks_896", "sizes of the fused kernel, width 896", 90, partial(_blocks, width=896)),
-    Phase("callback", "nothing to choose; waits of a chosen step", 100, _callback),
-    Phase("blocks_3584", "the same, width 3584", 75, partial(_blocks, width=3584)),
+    Phase("uds_3584", "UDS, 16 x 512 tokens, width 3584", 45, partial(_uds, width=3584)),
+    Phase("steps_64", "whole steps of the sizes of Qwen2.5-0.5B, 16 of 64 rows", 120,
+          partial(_steps, preset=_HALF, rows=16, micro_batch=32)),
+    Phase("scores_3584", "token scores, width 3584", 45, partial(_scores, width=3584)),
+    Phase("callback", "nothing to choose; waits of a chosen step", 75, _callback),
+    Phase("steps_1536", "whole steps of the sizes of Qwen2.5-1.5B, 8 of 32 rows", 120,
+          partial(_steps, preset=_LARGER, rows=8, micro_batch=16)),
     Phase("scores_1536", "token scores, width 1536", 45, partial(_scores, width=1536)),
-    Phase("uds_896", "UDS, width 896", 75, partial(_uds, width=896)),
-)
+    Phase("uds_896", "UDS, width 896", 45, partial(_uds, width=896)),
+    Phase("steps", "whole steps of the sizes of Qwen2.5-0.5B, 4 of 16 rows", 75,
+          partial(_steps, preset=_HALF, rows=4, micro_batch=None)),
+)  # fmt: skip
 """Most valuable first."""

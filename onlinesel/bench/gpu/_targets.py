@@ -56,6 +56,13 @@ def _scores_over(other: str) -> Callable[[Result], float | None]:
     return read
 
 
+def _fastest_sizes(result: Result) -> float | None:
+    """Return the share of the bare product that the winner of a search reached."""
+    point = result["points"][0]
+    share: float | None = point["ways"].get(point["winner"], {}).get("of_gemm")
+    return share
+
+
 def _uds_ms(result: Result) -> float | None:
     seconds = _seconds(result["points"][0]["uds"], "uds")
     return None if seconds is None else 1e3 * seconds
@@ -90,6 +97,11 @@ TARGETS = (
         for width, goal in ((896, 0.70), (1536, 0.75), (3584, 0.85))
     ),
     *(
+        Target(f"the same, d={width}, with the sizes that a search found", f"blocks_{width}", goal,
+               _fastest_sizes)
+        for width, goal in ((896, 0.70), (3584, 0.85))
+    ),
+    *(
         Target(f"token scores, d={width}: speed of TRL's head", f"scores_{width}", 1.0,
                _scores_over("trl"))
         for width in (896, 1536, 3584)
@@ -98,10 +110,16 @@ TARGETS = (
     Target("UDS, d=3584: over logits + svdvals + FFT", "uds_3584", 100.0, _uds_over),
     Target("head backward, 80 % of tokens without gradient: speed of TRL's", "policy", 3.0,
            _backward_over_trl),
-    Target("selected step: rows per second of all rows", "steps", 1.6,
-           _rows_over("all", "selected")),
-    Target("selected step, checkpointing: rows per second of all rows", "steps", 2.1,
-           _rows_over("all_checkpointed", "selected_checkpointed", "selected_reused")),
+    *(
+        target
+        for phase, rows in (("steps", "4 of 16"), ("steps_64", "16 of 64"))
+        for target in (
+            Target(f"selected step, {rows} rows: rows per second of all rows", phase, 1.6,
+                   _rows_over("all", "selected")),
+            Target(f"the same, checkpointing, {rows} rows", phase, 2.1,
+                   _rows_over("all_checkpointed", "selected_checkpointed", "selected_reused")),
+        )
+    ),
     *(
         Target(f"waits of a step beyond the plain trainer's, {strategy}, {rows} rows", "callback",
                2.0, _waits(strategy, rows), at_most=True, unit="")

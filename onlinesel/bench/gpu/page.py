@@ -171,7 +171,7 @@ def _waits(strategy: str, waits: Result) -> list[str]:
 _TEXTS_OF: dict[str, Callable[[Result], str]] = {
     "environment": _environment,
     "tests": _tests,
-    "steps": _steps,
+    **dict.fromkeys(("steps", "steps_64", "steps_1536"), _steps),
     "policy": grpo.as_text,
     "callback": _callback,
     **dict.fromkeys(("scores_896", "scores_1536", "scores_3584"), scores.as_text),
@@ -186,7 +186,7 @@ _FIGURES_OF = {
     **dict.fromkeys(("uds_896", "uds_3584"), "onlinesel.bench.scores"),
     **dict.fromkeys(("blocks_896", "blocks_3584"), "onlinesel.bench.blocks"),
     "policy": "onlinesel.bench.grpo",
-    "steps": "onlinesel.recipes.bench_step",
+    **dict.fromkeys(("steps", "steps_64", "steps_1536"), "onlinesel.recipes.bench_step"),
 }
 
 
