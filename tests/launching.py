@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import gc
+import importlib.metadata
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +52,24 @@ def torchrun(
     )
     assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-6000:]}"
     return done.stdout
+
+
+def settle() -> None:
+    """Spare a process that has imported all it needs what other packages do in every run.
+
+    Accelerate collects garbage when a trainer begins, which walks through all that was ever
+    imported (0.3 s), and parses the metadata of a package whenever it asks whether that is there.
+    """
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # for what some packages check when Python ends
+    importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+
+
+def begin() -> None:
+    """Begin a rank, with one thread as the tests have."""
+    torch.set_num_threads(1)
+    settle()
 
 
 def leave() -> None:

@@ -29,7 +29,7 @@ from onlinesel.distributed import (
 from onlinesel.selector import Selector
 from onlinesel.step import StepPlanner
 from onlinesel.strategies import LossReweight
-from tests.launching import leave
+from tests.launching import begin, leave
 
 RANKS = 3
 CHANCE = 4
@@ -279,7 +279,7 @@ SCENES = (
 )
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    begin()
     store, number = sys.argv[1], int(sys.argv[2])
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=RANKS)
     for scenario in SCENES:

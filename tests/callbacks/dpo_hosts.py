@@ -25,7 +25,7 @@ from tests.callbacks.hosts import (
     parameters,
     relative_error,
 )
-from tests.launching import leave
+from tests.launching import begin, leave
 
 BETA = 0.5
 HIDE = TARS(differing=3.0, min_run=2, share=0.3)
@@ -305,7 +305,7 @@ def one_step(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    begin()
     one_step(Path(sys.argv[1]))
     assert_resumes(Path(sys.argv[1]) / "parts")
     if dist.get_rank() == 0:

@@ -16,7 +16,7 @@ from onlinesel.distributed import rank
 from onlinesel.mixing import FixedMixture
 from onlinesel.strategies import RS2, InfoBatch, SelectiveBackprop, TopLoss
 from tests.callbacks.hosts import attach, make_rows, make_trainer
-from tests.launching import leave
+from tests.launching import begin, leave
 
 STOP = {1: 8, 2: 4}
 """Step of the checkpoint, on one process and on two: 64 rows are behind."""
@@ -79,7 +79,7 @@ def train(
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    begin()
     out = Path(sys.argv[1])
     for case in cases():
         train(out / f"{case}-from-2", case, 2)

@@ -17,7 +17,7 @@ from onlinesel.strategies import UDS, LossReweight, RHOLoss, TopLoss
 from tests.callbacks.hosts import make_model, make_sft_trainer
 from tests.callbacks.resuming import assert_same
 from tests.callbacks.two_ranks import KeepIds, poisoned, run
-from tests.launching import leave
+from tests.launching import begin, leave
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
@@ -107,7 +107,7 @@ def changes_for(engine: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    begin()
     folder = Path(sys.argv[1])
     for engine in ENGINES:
         for name, options in scenarios().items():

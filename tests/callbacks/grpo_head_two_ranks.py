@@ -19,7 +19,7 @@ from onlinesel.rl import HAPO
 from tests.callbacks.engines import deepspeed_config
 from tests.callbacks.grpo_hosts import attach, make_grpo_trainer
 from tests.callbacks.hosts import make_model, make_tokenizer
-from tests.launching import leave
+from tests.launching import begin, leave
 
 # FSDP2 before DeepSpeed, which leaves a process that transformers loads no sharded model in.
 CASES = {
@@ -86,7 +86,7 @@ def run(folder: Path, engine: str, name: str, fused: bool = True) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    begin()
     PartialState(cpu=True)
     out = Path(sys.argv[1])
     for kind, names in CASES.items():

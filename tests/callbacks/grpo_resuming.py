@@ -35,7 +35,7 @@ from tests.callbacks.grpo_hosts import (
     weights,
     word_parity,
 )
-from tests.launching import leave
+from tests.launching import begin, leave
 
 STEPS, STOP = 6, 3
 RIGHTS = (2, 0, 1, 4, 3, 0, 2, 2, 0, 4, 1, 3, 0, 0, 2, 4)
@@ -113,7 +113,7 @@ def assert_same(folder: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    begin()
     PartialState(cpu=True)
     for case in cases():
         assert_same(Path(sys.argv[1]), case)

@@ -38,7 +38,7 @@ from tests.callbacks.grpo_hosts import (
     weights,
     word_parity,
 )
-from tests.launching import leave
+from tests.launching import begin, leave
 
 NAN = float("nan")
 MANY = (2, 0, 1, 4, 3, 0, 2, 2, 0, 4, 1, 3)
@@ -188,7 +188,7 @@ def tempered(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    begin()
     PartialState(cpu=True)  # world_size() is asked before the first trainer starts the processes
     out = Path(sys.argv[1])
     for scenario, values in scenarios().items():

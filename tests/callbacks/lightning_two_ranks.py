@@ -31,7 +31,7 @@ from tests.callbacks.lightning_hosts import (
     text_loader,
 )
 from tests.callbacks.two_ranks import KeepIds
-from tests.launching import leave
+from tests.launching import begin, leave
 
 ROWS = 50
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -264,7 +264,7 @@ def resuming_engines() -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    begin()
     FOLDER = Path(sys.argv[1])
     for scenario, values in scenarios().items():
         run(scenario, values)

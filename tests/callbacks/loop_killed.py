@@ -15,12 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 import onlinesel
 from onlinesel.strategies import SelectiveBackprop
 from tests.callbacks.loop_hosts import make_loader, make_model, sgd, token_losses
-from tests.launching import leave
+from tests.launching import begin, leave
 
 KILLED_IN = 3
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    begin()
     folder, attempt = Path(sys.argv[1]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     dist.init_process_group("gloo")
     rank = dist.get_rank()

@@ -26,7 +26,7 @@ from tests.callbacks.hosts import collate, make_rows
 from tests.callbacks.loop_hosts import make_loader, make_model, sgd, token_losses, train
 from tests.callbacks.two_ranks import KeepIds, poisoned
 from tests.counting import Work
-from tests.launching import leave
+from tests.launching import begin, leave
 
 ACCUMULATE = (1, 2)
 CHECKPOINTED = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -296,7 +296,7 @@ def cost(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    begin()
     out = Path(sys.argv[1])
     dist.init_process_group("gloo")
     for engine in ("ddp", "fsdp2"):

@@ -18,7 +18,7 @@ from onlinesel.mixing import ODM, DoReMi
 from onlinesel.quotas import PerGroup
 from onlinesel.strategies import UDS, InfoBatch, SelectiveBackprop, TopLoss, Uniform
 from tests.callbacks.hosts import attach, make_rows, make_trainer
-from tests.launching import leave
+from tests.launching import begin, leave
 from tests.strategies.contract_table import CASES
 
 STEPS, STOP = 7, 4
@@ -110,7 +110,7 @@ def local(parameter: Any) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    begin()
     for case in cases():
         assert_same(Path(sys.argv[1]), case)
         if rank() == 0:

@@ -18,7 +18,7 @@ from tests.callbacks import engines, loop_two_ranks
 from tests.callbacks.hosts import make_model, make_sft_trainer
 from tests.callbacks.loop_hosts import make_loader, sgd, train
 from tests.callbacks.two_ranks import KeepIds, run
-from tests.launching import leave
+from tests.launching import begin, leave
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def loop(folder: Path, engine: str, lora: bool) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    begin()
     folder = engines.folder = Path(sys.argv[1])
     for engine in sys.argv[2:]:
         for name, options in scenarios().items():

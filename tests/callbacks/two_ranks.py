@@ -24,7 +24,7 @@ from tests.callbacks.hosts import (
     make_sft_trainer,
     make_trainer,
 )
-from tests.launching import leave
+from tests.launching import begin, leave
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def different(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    begin()
     out = Path(sys.argv[1])
     plain(out)
     disagree(out)
