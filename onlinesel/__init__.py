@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from onlinesel.classification import ClassificationScorer
 from onlinesel.combine import Chain, When
 from onlinesel.ledger import Ledger
 from onlinesel.quotas import PerGroup
+from onlinesel.scoring.classification import ClassificationScorer
 from onlinesel.selector import Selector
 from onlinesel.types import Scorer, Selection, Signals, State, Strategy
 from onlinesel.weights import token_losses, weighted_mean
+
+# Public modules that moved are found here under their old names, with a warning.
+__path__.append(f"{__path__[0]}/_moved")
 
 __version__ = "0.1.0"
 

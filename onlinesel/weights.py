@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from onlinesel.host import upload
+from onlinesel._base.host import upload
 
 __all__ = [
     "Weighing",

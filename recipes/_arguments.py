@@ -15,7 +15,7 @@ import yaml
 from datasets import load_dataset
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset
 
-from onlinesel._words import did_you_mean
+from onlinesel._base.words import did_you_mean
 
 __all__ = ["CommandLine"]
 

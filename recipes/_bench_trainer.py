@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from onlinesel import strategies
-from onlinesel._words import did_you_mean
+from onlinesel._base.words import did_you_mean
 from onlinesel.bench._measure import CountedProducts, Peak
 from onlinesel.bench._settings import at_least, clock, find_device
 from onlinesel.callbacks.hf import OnlineSelection

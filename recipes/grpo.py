@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from onlinesel import rl
-from onlinesel._words import did_you_mean
+from onlinesel._base.words import did_you_mean
 from onlinesel.report.runlog import RunLog
 
 try:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from onlinesel import When, strategies
-from onlinesel.agreement import check_arguments
+from onlinesel.parallel.agreement import check_arguments
 from onlinesel.report.runlog import RunLog
 from onlinesel.strategies import Uniform
 from onlinesel.types import Strategy

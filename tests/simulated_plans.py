@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from onlinesel import Selector, Signals
-from onlinesel.batch import gather_rows, take_rows, trim
+from onlinesel._base.host import Arriving, to_host, upload
 from onlinesel.bench._simulated import simulation
 from onlinesel.bench._waits import HostWaits
-from onlinesel.host import Arriving, to_host, upload
+from onlinesel.data.batch import gather_rows, take_rows, trim
 from onlinesel.kernels import LMHead, token_scores
 from onlinesel.step import StepPlan, StepPlanner
 from onlinesel.strategies import TopLoss

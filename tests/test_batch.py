@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onlinesel.batch import (
+from onlinesel.data.batch import (
     count_labels,
     deal,
     gather_rows,

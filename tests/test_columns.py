@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onlinesel.columns import as_columns
+from onlinesel.data.columns import as_columns
 
 
 class Pair(NamedTuple):

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onlinesel import Signals
-from onlinesel.batch import deal
-from onlinesel.distributed import begin_gather, gather_signals
+from onlinesel.data.batch import deal
+from onlinesel.parallel.distributed import begin_gather, gather_signals
 from tests.launching import PATIENCE
 from tests.three_ranks import RANKS, SCENES
 

@@ -55,7 +55,8 @@ def methods_in_table(text: str, heading: str = "Methods") -> list[str]:
 
 
 def module_names() -> list[str]:
-    paths = [path for path in (ROOT / "onlinesel").rglob("*.py") if path.stem != "__main__"]
+    found = (ROOT / "onlinesel").rglob("*.py")
+    paths = [p for p in found if p.stem != "__main__" and "_moved" not in p.parts]
     parts = [path.relative_to(ROOT).with_suffix("").parts for path in paths]
     return sorted(".".join(part for part in names if part != "__init__") for names in parts)
 

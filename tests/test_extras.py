@@ -26,7 +26,9 @@ OTHERS = frozenset({
     "datasets", "deepspeed", "jinja2", "lightning", "matplotlib", "pandas", "peft", "pyarrow",
     "pytorch_lightning", "sklearn", "triton", "trl",
 })  # fmt: skip
-PUBLIC = [name for name, _ in modules() if not any(p.startswith("_") for p in name.split("."))]
+# A callback is imported from its package; what that is made of is its own affair.
+INSIDE = re.compile(r"\._|^onlinesel\.callbacks\.\w+\.")
+PUBLIC = [name for name, _ in modules() if not INSIDE.search(name)]
 
 
 @functools.cache

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from onlinesel._base.host import Arriving, host_columns, to_host, upload
 from onlinesel.bench._measure import in_fresh_process
-from onlinesel.host import Arriving, host_columns, to_host, upload
 from tests.bench.simulated_kinds import SIMULATES
 from tests.simulated_plans import CASES, copies, plans
 

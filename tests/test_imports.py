@@ -32,17 +32,22 @@ HEAVY = {
 
 # Importer -> what of onlinesel it may import. A name stands for itself and everything below it; the
 # longest importer that fits decides, then the last rule that fits; "-" forbids. What adapters share
-# lies in private modules, `callbacks/_*.py`; apart from those only grpo builds on another, hf.
+# lies in `callbacks/_shared/`; apart from that only grpo builds on another, hf.
 CORE = ("onlinesel", "-onlinesel.callbacks", "-onlinesel.recipes", "-onlinesel.cli")
-HOST = (*CORE, "onlinesel.callbacks._")
+HOST = (*CORE, "onlinesel.callbacks._shared")
 BLIND = (*CORE, "-onlinesel.strategies", "-onlinesel.rl", "-onlinesel.report")  # knows no method
 METHOD = ("onlinesel.types", "onlinesel.weights", "onlinesel.ledger", "onlinesel.kernels")
+ROWS = ("onlinesel.types", "onlinesel._base", "onlinesel.data", "onlinesel.parallel")
 MAY_IMPORT = {
     "onlinesel": BLIND,
+    "onlinesel._base": ("onlinesel._base",),
+    "onlinesel._moved": ("onlinesel._moved",),
     "onlinesel.types": (),
-    "onlinesel.weights": ("onlinesel.types", "onlinesel.host"),
-    "onlinesel.host": (),
-    "onlinesel.kernels": ("onlinesel.kernels", "onlinesel.host"),
+    "onlinesel.weights": ("onlinesel.types", "onlinesel._base"),
+    "onlinesel.data": (*ROWS, "onlinesel.data"),
+    "onlinesel.parallel": (*ROWS, "onlinesel.step"),
+    "onlinesel.scoring": (*ROWS, "onlinesel.kernels", "onlinesel.scoring"),
+    "onlinesel.kernels": ("onlinesel.kernels", "onlinesel._base"),
     "onlinesel.strategies": (*METHOD, "onlinesel.rl", "onlinesel.strategies"),
     "onlinesel.rl": (*METHOD, "onlinesel.rl"),
     "onlinesel._contract": ("onlinesel.types",),
@@ -52,7 +57,11 @@ MAY_IMPORT = {
     "onlinesel.bench": (*CORE, "-onlinesel.report", "onlinesel.bench"),
     "onlinesel.cli": ("onlinesel", "-onlinesel.callbacks"),
     "onlinesel.callbacks": HOST,
-    "onlinesel.callbacks.grpo": (*HOST, "onlinesel.callbacks.hf"),
+    "onlinesel.callbacks.dpo": (*HOST, "onlinesel.callbacks.dpo"),
+    "onlinesel.callbacks.grpo": (*HOST, "onlinesel.callbacks.grpo", "onlinesel.callbacks.hf"),
+    "onlinesel.callbacks.hf": (*HOST, "onlinesel.callbacks.hf"),
+    "onlinesel.callbacks.lightning": (*HOST, "onlinesel.callbacks.lightning"),
+    "onlinesel.callbacks.loop": (*HOST, "onlinesel.callbacks.loop"),
     "onlinesel.recipes": ("onlinesel",),
 }
 THIRD_PARTY = {  # None: anything
@@ -140,7 +149,7 @@ def hidden_randomness(name: str, source: str) -> list[str]:
 def missing_all(name: str, source: str) -> list[str]:
     body = ast.parse(source).body
     only_docstring = len(body) == 1 and isinstance(body[0], ast.Expr)
-    private = name.rsplit(".", 1)[-1].startswith("_")
+    private = any(part.startswith("_") for part in name.split("."))
     names = [ast.unparse(t) for n in body if isinstance(n, ast.Assign) for t in n.targets]
     return [] if only_docstring or private or "__all__" in names else [f"{name} has no __all__"]
 
@@ -167,7 +176,7 @@ def test_the_package_keeps(rule: Rule) -> None:
 
 def test_the_core_takes_its_randomness_from_outside() -> None:
     # The one that puts the program's generators back draws nothing.
-    free = ("onlinesel.callbacks", "onlinesel.recipes", "onlinesel.randomness:")
+    free = ("onlinesel.callbacks", "onlinesel.recipes", "onlinesel.data.randomness:")
     assert [line for line in gather(hidden_randomness) if not line.startswith(free)] == []
 
 
@@ -187,12 +196,14 @@ VIOLATIONS = [
     (wrong_imports, "onlinesel.quotas", "from onlinesel.strategies import TopLoss"),
     (wrong_imports, "onlinesel.mixing.odm", "from onlinesel.selector import Selector"),
     (wrong_imports, "onlinesel.kernels.gram", "from onlinesel.types import Signals"),
-    (wrong_imports, "onlinesel.batch", "from onlinesel.callbacks.hf import OnlineSelection"),
+    (wrong_imports, "onlinesel.data.batch", "from onlinesel.callbacks.hf import OnlineSelection"),
     (wrong_imports, "onlinesel.report.page", "from onlinesel import recipes"),
     (wrong_imports, "onlinesel.cli", "import onlinesel.callbacks.hf"),
     (wrong_imports, "onlinesel.callbacks.lightning", "from onlinesel.callbacks.hf import x"),
     (wrong_imports, "onlinesel.callbacks.hf", "from onlinesel.callbacks.grpo import x"),
-    (wrong_imports, "onlinesel.callbacks._attach", "from onlinesel.callbacks.hf import x"),
+    (wrong_imports, "onlinesel.callbacks._shared.meter", "from onlinesel.callbacks.hf import x"),
+    (wrong_imports, "onlinesel.callbacks.hf.data", "from onlinesel.callbacks.grpo.rows import x"),
+    (wrong_imports, "onlinesel.data.loader", "from onlinesel.selector import Selector"),
     (wrong_imports, "onlinesel.scoring", "from transformers import Trainer"),
     (wrong_imports, "onlinesel.scoring", "import triton"),
     (wrong_imports, "onlinesel.bench.scale", "from onlinesel.callbacks.hf import x"),
@@ -212,7 +223,8 @@ VIOLATIONS = [
 INNOCENT = [
     (wrong_imports, "onlinesel.strategies.uds", "from onlinesel.weights import rescale"),
     (wrong_imports, "onlinesel.callbacks.grpo", "import trl\nfrom onlinesel.callbacks.hf import x"),
-    (wrong_imports, "onlinesel.callbacks.hf", "from onlinesel.callbacks import _attach"),
+    (wrong_imports, "onlinesel.callbacks.hf", "from onlinesel.callbacks._shared import meter"),
+    (wrong_imports, "onlinesel.callbacks.hf.attach", "from onlinesel.callbacks.hf import data"),
     (wrong_imports, "onlinesel.cli", "from onlinesel.recipes import demo"),
     (wrong_imports, "onlinesel.bench.scale", "from onlinesel import strategies"),
     (wrong_imports, "onlinesel.kernels._fused", "import math\nimport triton.language as tl"),

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onlinesel import Ledger, _runs
+from onlinesel import Ledger
+from onlinesel.ledger import runs as _runs
 
 NAN, INF = float("nan"), float("inf")
 IDS = st.one_of(st.integers(0, 12), st.integers(-(2**63), 2**63 - 1))

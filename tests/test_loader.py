@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
-from onlinesel.loader import CandidateLoader, Candidates
+from onlinesel.data.loader import CandidateLoader, Candidates
 from onlinesel.mixing import DomainSampler, FixedMixture
 
 ROWS = [{"x": torch.tensor([i, i]), "y": i % 3} for i in range(11)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
-from onlinesel.loss_probe import LossFacts, Probe, ask_loss, differs
+from onlinesel.scoring.loss_probe import LossFacts, Probe, ask_loss, differs
 
 VOCABULARY = 11
 

@@ -17,7 +17,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from onlinesel.order import own_order, shuffled_rows, torch_loader, window_rows
+from onlinesel.data.order import own_order, shuffled_rows, torch_loader, window_rows
 from onlinesel.strategies import RS2
 
 

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
-from onlinesel.loader import CandidateLoader
+from onlinesel.data.loader import CandidateLoader
+from onlinesel.data.randomness import program_state, set_program_state
 from onlinesel.mixing import DomainSampler, FixedMixture
-from onlinesel.randomness import program_state, set_program_state
 
 Epoch = list[list[list[int]]]
 

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onlinesel.batch import gather_rows, rows_in, take_rows, trim
-from onlinesel.columns import as_columns
+from onlinesel.data.batch import gather_rows, rows_in, take_rows, trim
+from onlinesel.data.columns import as_columns
 
 PAD = 63
 ROW = dict[str, Any]

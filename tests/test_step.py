@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onlinesel import Selection, Selector, Signals, Strategy
-from onlinesel.batch import rows_in
-from onlinesel.distributed import exchange_rows, gather_signals, sum_over_ranks
-from onlinesel.rows import FILLER_ID
+from onlinesel.data.batch import rows_in
+from onlinesel.data.rows import FILLER_ID
+from onlinesel.parallel.distributed import exchange_rows, gather_signals, sum_over_ranks
 from onlinesel.step import StepPlanner
 from tests.test_batch import content, make_batch
 

@@ -12,8 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from onlinesel.callbacks import _versions
-from onlinesel.callbacks._versions import OLDEST, check_version
+from onlinesel.callbacks._shared import versions as _versions
+from onlinesel.callbacks._shared.versions import OLDEST, check_version
 
 ROOT = Path(__file__).resolve().parents[1]
 

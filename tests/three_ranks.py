@@ -14,13 +14,14 @@ import numpy
 import torch
 import torch.distributed as dist
 
-from onlinesel import Signals, distributed
-from onlinesel.agreement import smallest_over_ranks, stack_over_ranks
-from onlinesel.batch import deal
+from onlinesel import Signals
 from onlinesel.bench._ledgers import aged_ledger
 from onlinesel.bench._ranks import Collective, SimulatedRanks
 from onlinesel.bench._workload import Rehearsal, Workload
-from onlinesel.distributed import (
+from onlinesel.data.batch import deal
+from onlinesel.parallel import distributed
+from onlinesel.parallel.agreement import smallest_over_ranks, stack_over_ranks
+from onlinesel.parallel.distributed import (
     begin_gather,
     check_agreement,
     exchange_rows,

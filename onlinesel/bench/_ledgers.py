@@ -9,9 +9,9 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from onlinesel._runs import Run, merged, size, surplus
 from onlinesel.bench._settings import clock
 from onlinesel.ledger import Ledger
+from onlinesel.ledger.runs import Run, merged, size, surplus
 from onlinesel.types import State
 
 __all__ = ["AgedLedger", "Turnover", "aged_ledger", "spread_ids", "turnover"]

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from onlinesel import distributed
-from onlinesel.distributed import _packed, _tensors
+from onlinesel.parallel import distributed
+from onlinesel.parallel.distributed import _packed, _tensors
 from onlinesel.types import Signals
 
 __all__ = ["Collective", "SimulatedRanks"]
@@ -124,7 +124,7 @@ class SimulatedRanks:
     def _note(self, kind: str, sent: Tensor, received: Tensor) -> None:
         self.log.append(Collective(kind, sent.nbytes, received.nbytes))
 
-    # What onlinesel.distributed calls ----------------------------------------------------------
+    # What onlinesel.parallel.distributed calls ------------------------------------------------
 
     def is_available(self) -> bool:
         """Return True."""

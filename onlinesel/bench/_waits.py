@@ -25,7 +25,7 @@ _CALLS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchroniz
 _COPIES = "Memcpy DtoH"
 # Frames of the way from a line to what watches it.
 _BETWEEN = frozenset({"torch", "warnings", *sys.stdlib_module_names})
-_OWN = (__name__, "onlinesel.bench._simulated", "onlinesel.host")
+_OWN = (__name__, "onlinesel.bench._simulated", "onlinesel._base.host")
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from onlinesel import strategies
-from onlinesel.batch import deal
 from onlinesel.bench._ledgers import spread_ids
 from onlinesel.bench._settings import clock
-from onlinesel.distributed import gather_signals
+from onlinesel.data.batch import deal
+from onlinesel.parallel.distributed import gather_signals
 from onlinesel.selector import Selector
 from onlinesel.step import StepPlan, StepPlanner
 from onlinesel.types import Selection, Signals, State, Strategy

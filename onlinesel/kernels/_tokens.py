@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from onlinesel.host import upload
+from onlinesel._base.host import upload
 from onlinesel.kernels._checks import check_hidden
 from onlinesel.kernels.head import LMHead
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from onlinesel.host import Arriving
+from onlinesel._base.host import Arriving
 from onlinesel.kernels._columns import merge_columns, sum_over_vocabulary
 from onlinesel.kernels._product import full_precision
 from onlinesel.kernels.head import LMHead

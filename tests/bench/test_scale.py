@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 
-from onlinesel import Ledger, _runs
+from onlinesel import Ledger
 from onlinesel.bench import bench_scale, main
 from onlinesel.bench._ledgers import aged_ledger, turnover
 from onlinesel.bench._network import Network
@@ -22,6 +22,7 @@ from onlinesel.bench._ranks import SimulatedRanks
 from onlinesel.bench._report import table
 from onlinesel.bench._workload import Rehearsal, Workload
 from onlinesel.bench.scale import busiest, extrapolated, measure, step_seconds
+from onlinesel.ledger import runs as _runs
 
 PLAIN = Network(
     gpus=8, alpha_intra=1.0, alpha_inter=10.0, beta_intra=4.0, beta_inter=2.0, start=100.0

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from onlinesel.distributed import rank
 from onlinesel.mixing import FixedMixture
+from onlinesel.parallel.distributed import rank
 from onlinesel.strategies import RS2, InfoBatch, SelectiveBackprop, TopLoss
 from tests.callbacks.hosts import attach, make_rows, make_trainer
 from tests.launching import begin, leave

@@ -13,8 +13,8 @@ from accelerate import PartialState
 from torch.distributed.tensor import DTensor
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from onlinesel.distributed import rank, world_size
 from onlinesel.kernels._shards import gathered, whole
+from onlinesel.parallel.distributed import rank, world_size
 from onlinesel.rl import HAPO
 from tests.callbacks.engines import deepspeed_config
 from tests.callbacks.grpo_hosts import attach, make_grpo_trainer

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 
 from onlinesel import When
-from onlinesel.distributed import rank, world_size
+from onlinesel.parallel.distributed import rank, world_size
 from onlinesel.rl import (
     GRESO,
     HAPO,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from onlinesel.distributed import rank, world_size
+from onlinesel.parallel.distributed import rank, world_size
 from onlinesel.rl import (
     DRPO,
     HAPO,

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from onlinesel import Chain, When
-from onlinesel.distributed import rank
 from onlinesel.kernels._shards import gathered, is_sharded
 from onlinesel.mixing import ODM, DoReMi
+from onlinesel.parallel.distributed import rank
 from onlinesel.quotas import PerGroup
 from onlinesel.strategies import UDS, InfoBatch, SelectiveBackprop, TopLoss, Uniform
 from tests.callbacks.hosts import attach, make_rows, make_trainer

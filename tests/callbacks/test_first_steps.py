@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import onlinesel
-from onlinesel._datasets import DataFacts
 from onlinesel.callbacks.hf import OnlineSelection
+from onlinesel.data.datasets import DataFacts
 from onlinesel.strategies import UDS, LossReweight, RHOLoss, TopLoss, Uniform
 from tests.callbacks.hosts import attach, make_model, make_rows, make_trainer
 from tests.callbacks.lightning_hosts import QUIET_LIGHTNING, Classifier, classified

@@ -15,9 +15,9 @@ import torch
 from datasets import Dataset
 from trl import GRPOTrainer
 
-from onlinesel.callbacks import _versions
-from onlinesel.callbacks._grpo_seams import moved_seams
+from onlinesel.callbacks._shared import versions as _versions
 from onlinesel.callbacks.grpo import RolloutSelection
+from onlinesel.callbacks.grpo.seams import moved_seams
 from onlinesel.rl import (
     DRPO,
     HAPO,

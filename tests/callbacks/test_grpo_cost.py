@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from onlinesel.callbacks.grpo import _WRAPPED
+from onlinesel.callbacks.grpo.attach import _WRAPPED
 from onlinesel.rl import ZeroVariance
 from tests.callbacks.grpo_hosts import attach, make_grpo_trainer, word_parity
 from tests.counting import Work

@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from onlinesel.callbacks import _grpo_embedding, _grpo_prompts
-from onlinesel.callbacks._grpo_cache import FeatureCache, fingerprint
-from onlinesel.callbacks._grpo_embedding import embed_prompts, token_batches, tokenize_prompts
-from onlinesel.callbacks._grpo_prompts import make_pool
+from onlinesel.callbacks.grpo import embed as _grpo_embedding
+from onlinesel.callbacks.grpo import prompts as _grpo_prompts
+from onlinesel.callbacks.grpo.cache import FeatureCache, fingerprint
+from onlinesel.callbacks.grpo.embed import embed_prompts, token_batches, tokenize_prompts
+from onlinesel.callbacks.grpo.prompts import make_pool
 from onlinesel.rl import PromptPool, SharedDifficulty
 from tests.callbacks.grpo_hosts import attach, make_grpo_trainer
 

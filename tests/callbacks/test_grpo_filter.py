@@ -12,7 +12,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from onlinesel import Chain, Selection, Signals, Strategy
-from onlinesel.callbacks import _grpo_meter, _grpo_prompts
+from onlinesel.callbacks.grpo import meter as _grpo_meter
+from onlinesel.callbacks.grpo import prompts as _grpo_prompts
 from onlinesel.rl import (
     PassRateBand,
     Refill,

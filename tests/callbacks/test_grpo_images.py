@@ -9,9 +9,9 @@ import pytest
 import torch
 from datasets import Dataset, Features
 
-from onlinesel.callbacks._grpo_images import images_of
-from onlinesel.callbacks._grpo_state import buffer_tensors, restore_buffer
 from onlinesel.callbacks.grpo import RolloutSelection
+from onlinesel.callbacks.grpo.images import images_of
+from onlinesel.callbacks.grpo.state import buffer_tensors, restore_buffer
 from onlinesel.rl import (
     DRPO,
     HAPO,

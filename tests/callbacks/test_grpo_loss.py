@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM, set_seed
 from trl import GRPOTrainer
 
-from onlinesel.callbacks import _grpo_checks
-from onlinesel.callbacks._grpo_loss import regroup
-from onlinesel.callbacks._grpo_rows import ROWS, TRAINS
 from onlinesel.callbacks.grpo import RolloutSelection
+from onlinesel.callbacks.grpo import checks as _grpo_checks
+from onlinesel.callbacks.grpo.loss import regroup
+from onlinesel.callbacks.grpo.rows import ROWS, TRAINS
 from onlinesel.rl import Refill, ZeroVariance
 from tests.callbacks.grpo_hosts import (
     GENERATIONS,

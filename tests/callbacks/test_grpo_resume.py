@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from onlinesel.callbacks._grpo_state import load_run
-from onlinesel.fingerprint import code_digest
+from onlinesel.callbacks.grpo.state import load_run
+from onlinesel.data.fingerprint import code_digest
 from onlinesel.rl import PassRateBand, Refill, SharedDifficulty, Thompson, ZeroVariance
 from tests.callbacks.grpo_hosts import attach, make_grpo_trainer, weights
 from tests.callbacks.grpo_resuming import assert_same, cases, train

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from onlinesel.callbacks._grpo_rows import check_text, join, loss_mask, mute, rows_of, take, trim
+from onlinesel.callbacks.grpo.rows import check_text, join, loss_mask, mute, rows_of, take, trim
 
 
 def batch(prompts: list[int], answers: list[int], **more: Any) -> dict[str, torch.Tensor]:
@@ -63,9 +63,7 @@ def test_ratios_of_tokens_are_filled_with_one(order: tuple[int, int]) -> None:
 
 
 def test_ratios_of_sequences_stay_one_number() -> None:
-    parts = [
-        batch([1], [n], importance_sampling_ratio=torch.tensor([[0.5 * n]])) for n in (2, 3)
-    ]
+    parts = [batch([1], [n], importance_sampling_ratio=torch.tensor([[0.5 * n]])) for n in (2, 3)]
     assert join(parts, pad_id=0)["importance_sampling_ratio"].tolist() == [[1.0], [1.5]]
 
 

@@ -81,12 +81,10 @@ def test_golden_hapo_through_the_trainers_loss(tmp_path: Path, variant: str, cas
 
 @pytest.mark.parametrize("case", ["default", "small_tau", "disco_limit"])
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-def test_golden_drpo_through_the_trainers_loss(
-    tmp_path: Path, case: str, loss_type: str
-) -> None:
+def test_golden_drpo_through_the_trainers_loss(tmp_path: Path, case: str, loss_type: str) -> None:
     """Whatever the trainer's loss divides by, the gradient is that of DRPO's objective."""
-    from onlinesel.callbacks._grpo_assemble import final_advantages
-    from onlinesel.callbacks._grpo_fill import Group
+    from onlinesel.callbacks.grpo.assemble import final_advantages
+    from onlinesel.callbacks.grpo.decide import Group
 
     golden = DRPO_CASES[case]
     inputs = golden["inputs"]

@@ -137,7 +137,7 @@ def test_processes_that_the_trainer_does_not_know_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes on a CPU without use_cpu: transformers would train two models apart."""
-    monkeypatch.setattr("onlinesel.callbacks._attach.world_size", lambda: 2)
+    monkeypatch.setattr("onlinesel.callbacks.hf.checks.world_size", lambda: 2)
     message = r"processes must be those that the trainer knows of \(1\), got 2.*use_cpu=True"
     with pytest.raises(ValueError, match=message):
         OnlineSelection(make_trainer(tmp_path), TopLoss())

@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import IterableDataset as TorchIterable
 
 from onlinesel import Signals, When
-from onlinesel.rows import content_ids
+from onlinesel.data.rows import content_ids
 from onlinesel.strategies import RS2, UDS, LossReweight, RHOLoss, TopLoss, Uniform
 from tests.callbacks.hosts import (
     attach,

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from onlinesel import Selector
-from onlinesel.callbacks._hf_order import ContinuedOrder
-from onlinesel.callbacks._hf_state import resume_run
+from onlinesel.callbacks.hf.order import ContinuedOrder
+from onlinesel.callbacks.hf.state import resume_run
 from onlinesel.ledger import Ledger
 from onlinesel.mixing import DomainSampler
 from onlinesel.strategies import SelectiveBackprop, TopLoss

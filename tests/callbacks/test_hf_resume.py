@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from onlinesel import Selector
-from onlinesel.callbacks._checkpoint import save_selection
-from onlinesel.callbacks._hf_state import save_run
+from onlinesel.callbacks._shared.checkpoint import save_selection
+from onlinesel.callbacks.hf.state import save_run
 from onlinesel.strategies import SelectiveBackprop, TopLoss, Uniform
 from tests.callbacks.hosts import attach, make_trainer
 from tests.callbacks.resuming import assert_same, cases

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 import onlinesel
 from onlinesel.callbacks import lightning as host
-from onlinesel.callbacks._meter import StepMeter
+from onlinesel.callbacks._shared.meter import StepMeter
 from onlinesel.callbacks.lightning import OnlineSelection
 from onlinesel.ledger import Ledger
 from onlinesel.strategies import (

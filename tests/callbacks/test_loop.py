@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 import onlinesel
 from onlinesel import ClassificationScorer, PerGroup, Selection, Signals, Strategy
-from onlinesel.callbacks.loop import _factor_of
+from onlinesel.callbacks.loop.steps import _factor_of
+from onlinesel.data.order import shuffled_rows
 from onlinesel.mixing import ODM, DomainSampler, DoReMi, FixedMixture
-from onlinesel.order import shuffled_rows
 from onlinesel.strategies import (
     RS2,
     GradNorm,

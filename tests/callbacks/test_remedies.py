@@ -25,8 +25,8 @@ from trl import (  # noqa: E402
 )
 
 import onlinesel  # noqa: E402
-from onlinesel.callbacks import _precision  # noqa: E402
-from onlinesel.callbacks._hosts import TESTED_TRL, right_callback  # noqa: E402
+from onlinesel.callbacks._shared import precision as _precision  # noqa: E402
+from onlinesel.callbacks._shared.hosts import TESTED_TRL, right_callback  # noqa: E402
 from onlinesel.callbacks.dpo import PreferenceSelection  # noqa: E402
 from onlinesel.callbacks.grpo import RolloutSelection  # noqa: E402
 from onlinesel.callbacks.hf import OnlineSelection  # noqa: E402

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from onlinesel import When
-from onlinesel.callbacks._replay import Audit, HeldRows, Replay
+from onlinesel.callbacks._shared.replay import Audit, HeldRows, Replay
 from onlinesel.strategies import UDS, LossReweight, RHOLoss, TopLoss, Uniform
 from tests.callbacks.hosts import (
     ASKED,

@@ -20,7 +20,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArg
 
 from onlinesel import Signals
 from onlinesel.bench._measure import CountedProducts
-from onlinesel.callbacks._reuse import SOURCE, ReusedForward
+from onlinesel.callbacks._shared.reuse import SOURCE, ReusedForward
 from onlinesel.callbacks.hf import OnlineSelection
 from onlinesel.strategies import TopLoss
 from tests.callbacks.hosts import (
@@ -267,9 +267,9 @@ def test_a_trainer_that_makes_its_model_itself(tmp_path: Path) -> None:
 
 def test_the_import_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers.modeling_layers", None)
-    monkeypatch.delitem(sys.modules, "onlinesel.callbacks._reuse")
+    monkeypatch.delitem(sys.modules, "onlinesel.callbacks._shared.reuse")
     with pytest.raises(ImportError, match=r'reuse_forward needs transformers: pip install "onlin'):
-        importlib.import_module("onlinesel.callbacks._reuse")
+        importlib.import_module("onlinesel.callbacks._shared.reuse")
 
 
 def test_detaching_leaves_the_layers_as_they_were(tmp_path: Path) -> None:

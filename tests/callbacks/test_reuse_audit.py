@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM, TrainerCallback, set_seed
 
-from onlinesel.callbacks._replay import Audit
+from onlinesel.callbacks._shared.replay import Audit
 from onlinesel.strategies import TopLoss
 from tests.callbacks.hosts import attach, collate, make_model, make_rows, make_trainer
 

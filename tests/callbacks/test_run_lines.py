@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader
 
 import onlinesel
 from onlinesel import Selection, When
-from onlinesel.callbacks import _announce, _meter
-from onlinesel.callbacks._meter import StepMeter
-from onlinesel.callbacks._reuse import ReusedForward
-from onlinesel.callbacks._stopwatch import Stopwatch
+from onlinesel.callbacks._shared import announce as _announce
+from onlinesel.callbacks._shared import meter as _meter
+from onlinesel.callbacks._shared.meter import StepMeter
+from onlinesel.callbacks._shared.reuse import ReusedForward
+from onlinesel.callbacks._shared.stopwatch import Stopwatch
 from onlinesel.step import StepPlan
 from onlinesel.strategies import RS2, InfoBatch, LossReweight, RHOLoss, TopLoss, Uniform
 from onlinesel.types import Signals

@@ -40,10 +40,13 @@ def test_a_generation_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_a_group_needs_all_four_facts(tmp_path: Path) -> None:
-    with RunLog(tmp_path) as log, pytest.raises(
-        ValueError,
-        match=r"RunLog\.generation: kept must have one entry per prompt, got 1 for 2 prompts\. "
-        "Pass every scored group, kept or not",
+    with (
+        RunLog(tmp_path) as log,
+        pytest.raises(
+            ValueError,
+            match=r"RunLog\.generation: kept must have one entry per prompt, got 1 for 2 prompts\. "
+            "Pass every scored group, kept or not",
+        ),
     ):
         log.generation(
             step=0, seconds=0.0, cpu_seconds=0.0, rollouts=2, tokens=2, rejected_tokens=0,

@@ -238,9 +238,7 @@ def test_pass_rates_of_prompts_over_time(runs: list[Run]) -> None:
     ),
     st.integers(1, 10), st.integers(1, 4),
 )  # fmt: skip
-def test_pass_rates_lose_no_group(
-    seen: list[tuple[int, int, int]], most: int, each: int
-) -> None:
+def test_pass_rates_lose_no_group(seen: list[tuple[int, int, int]], most: int, each: int) -> None:
     steps, prompts, wins = (np.array(column) for column in zip(*seen, strict=True))
     kept = np.zeros(len(seen), dtype=bool)
     groups = rollouts.Groups(steps, prompts, wins / 8, kept, np.full(len(seen), 2))

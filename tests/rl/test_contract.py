@@ -298,9 +298,7 @@ def test_the_sampler_itself_is_pure(case: Case) -> None:
         free_copy, results = free.clone(), []
         for _ in range(2):
             generator = torch.Generator().manual_seed(step)
-            ids, after = sampler.propose(
-                5, state, free=free, trials=TRIALS, generator=generator
-            )
+            ids, after = sampler.propose(5, state, free=free, trials=TRIALS, generator=generator)
             successes, trials = answers(ids, step).double(), torch.full((5,), 8.0).double()
             given = [value.clone() for value in (ids, successes, trials)]
             results.append(sampler.observe(ids, successes, trials, after))

@@ -60,9 +60,7 @@ def test_advantages_are_finite_and_zero_without_a_reward(case: Case, seed: int) 
     assert bool((found[torch.isnan(rollouts.rewards)] == 0).all())
     assert torch.equal(case.build().compute(rollouts), found)
     for name, value in copies.items():
-        torch.testing.assert_close(
-            getattr(rollouts, name), value, rtol=0, atol=0, equal_nan=True
-        )
+        torch.testing.assert_close(getattr(rollouts, name), value, rtol=0, atol=0, equal_nan=True)
 
 
 @advantages

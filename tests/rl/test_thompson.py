@@ -87,9 +87,7 @@ def test_without_discount_nothing_is_forgotten_and_with_zero_everything(method: 
         state = sampler.init(1)
         for successes in (6, 1):
             trials = 10 if successes == 6 else 9
-            state = sampler.observe(
-                torch.tensor([0]), counts(successes), counts(trials), state
-            )
+            state = sampler.observe(torch.tensor([0]), counts(successes), counts(trials), state)
         assert state["a"].item() == a and state["b"].item() == b
 
 
@@ -153,9 +151,7 @@ def test_informative_by_hand() -> None:
 
 
 @given(a=st.floats(0.5, 200), b=st.floats(0.5, 200), trials=st.integers(1, 16))
-def test_informative_is_the_beta_binomial_between_its_ends(
-    a: float, b: float, trials: int
-) -> None:
+def test_informative_is_the_beta_binomial_between_its_ends(a: float, b: float, trials: int) -> None:
     direct = sum(
         comb(trials, k) * beta_function(a + k, b + trials - k) / beta_function(a, b)
         for k in range(1, trials)

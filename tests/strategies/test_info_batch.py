@@ -7,7 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
-from onlinesel import Ledger, Selector, Signals, When, _runs
+from onlinesel import Ledger, Selector, Signals, When
+from onlinesel.ledger import runs as _runs
 from onlinesel.strategies import InfoBatch
 from onlinesel.strategies.info_batch import prune_weights
 

@@ -136,7 +136,7 @@ def _source() -> str:
     digest = sha256()
     for name in ("onlinesel", "onlinesel.callbacks", "onlinesel.recipes"):
         try:
-            (folder,) = importlib.import_module(name).__path__
+            folder = importlib.import_module(name).__path__[0]
         except ModuleNotFoundError as error:
             if error.name != name:
                 raise

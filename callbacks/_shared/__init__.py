@@ -1,0 +1,1 @@
+"""What all callbacks share: wrapping, starting forwards only once, meters, checkpoints, words."""

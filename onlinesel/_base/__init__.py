@@ -1,0 +1,1 @@
+"""What every room may use: copies between host and device, and words of errors."""

@@ -1,0 +1,7 @@
+"""Moved to :mod:`onlinesel.data.columns`."""
+
+from onlinesel._moved import alias
+
+__all__: list[str] = []
+
+alias(__name__, "onlinesel.data.columns")

@@ -1,0 +1,7 @@
+"""Moved to :mod:`onlinesel.data.loader`."""
+
+from onlinesel._moved import alias
+
+__all__: list[str] = []
+
+alias(__name__, "onlinesel.data.loader")

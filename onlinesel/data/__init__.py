@@ -1,0 +1,1 @@
+"""Rows on their way to a step: read, numbered, ordered, batched, padded."""
