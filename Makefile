@@ -52,7 +52,7 @@ check: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"
 
 results: $(INSTALLED)
-	$(BIN)/python -m onlinesel.bench.gpu.page recipes/results README.md docs/gpu.md
+	$(BIN)/python -m onlinesel.bench.gpu.page recipes/results docs/evidence.md docs/gpu.md
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "== Installing onlinesel and its tools into .venv (the first time takes some minutes)"

@@ -16,7 +16,7 @@ from onlinesel.kernels import _measured
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "recipes/results"
-DOCUMENTS = {"README.md": "targets", "docs/gpu.md": "everything"}
+DOCUMENTS = {"docs/evidence.md": "targets", "docs/gpu.md": "everything"}
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -102,7 +102,7 @@ def test_the_table_of_targets_is_made_of_the_files(measured: Path) -> None:
 def test_the_page_has_every_table_and_what_failed(measured: Path) -> None:
     text = filled("<!-- gpu: everything -->\n<!-- end -->", read_results(measured))
     assert "copy, read and written: 3.01 TB/s" in text and "bfloat16: 798 TFLOP/s" in text
-    assert "### steps: words\n\nfailed: RuntimeError: too large" in text
+    assert "### steps: words\n\n```text\nfailed: RuntimeError: too large\n```" in text
     policy = json.loads((measured / "gpu_policy.json").read_text())["result"]
     ours = policy["points"][0]["ways"]["torch"]["seconds"]
     assert f"{ours * 1e3:.3f}" in text and "callback" not in text

@@ -1,6 +1,6 @@
 """Write what a GPU measured into the documentation: ``make results``.
 
-    python -m onlinesel.bench.gpu.page recipes/results README.md docs/gpu.md
+    python -m onlinesel.bench.gpu.page recipes/results docs/evidence.md docs/gpu.md
 
 Between ``<!-- gpu: targets -->`` or ``<!-- gpu: everything -->`` and ``<!-- end -->`` a document
 has text that this module makes of the files ``gpu_*.json`` and of nothing else, so that no number
@@ -102,7 +102,8 @@ def _everything(results: Mapping[str, Result]) -> str:
     for name, file in results.items():
         parts.append(f"### {name}: {file['what']}")
         if "error" in file or file["status"] not in ("done", "left out"):
-            parts.append(f"{file['status']}: {file.get('error', 'it ran into its limit')}")
+            error = file.get("error", "it ran into its limit")
+            parts.append(f"```text\n{file['status']}: {error}\n```")  # which may look like Markdown
         if "result" in file and name in _TEXTS_OF:
             text = _TEXTS_OF[name](file["result"])
             parts.append(f"```text\n{text}\n```")
