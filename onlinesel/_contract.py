@@ -23,6 +23,8 @@ _SIGNALS = tuple(f.name for f in fields(Signals))
 _OBSERVED = ("loss",)  # what training forwards give for nothing
 _NORMALIZE = ("tokens", "samples", "rows")
 _LARGE = 64  # containers above this size are compared by identity and length alone
+_FIXED = (str, int, float, bool, type(None))
+_ABSENT = object()
 _KEEP_IN_STATE = (
     "Keep what it remembers in the state: return it from init() as tensors, and give the new one "
     "back. Only the state is in a checkpoint."
@@ -183,8 +185,12 @@ class _Untouched:
 
     def __init__(self, strategy: Strategy, method: str, state: Mapping[str, Tensor]) -> None:
         self._strategy, self._method = strategy, method
-        self._settings = _settings(strategy)
-        self._state = {name: (value, _version(value)) for name, value in state.items()}
+        # What cannot change in place needs no mark: it is another object after a change.
+        self._settings = {
+            name: (value, None if isinstance(value, _FIXED) else _mark(value))
+            for name, value in vars(strategy).items()
+        }
+        self._state = [(name, value, _version(value)) for name, value in state.items()]
 
     def __enter__(self) -> None:
         return None
@@ -192,14 +198,13 @@ class _Untouched:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is not None:
             return
-        after = _settings(self._strategy)
-        names = [n for n in after if n not in self._settings or after[n] != self._settings[n]]
+        names = [n for n, value in vars(self._strategy).items() if self._changed(n, value)]
         if names:
             _refuse(
                 self._strategy, self._method, "leave the strategy as it is",
                 f"another {', '.join(names)} on self", _KEEP_IN_STATE,
             )  # fmt: skip
-        moved = [n for n, (value, version) in self._state.items() if _version(value) != version]
+        moved = [name for name, value, version in self._state if _version(value) != version]
         if moved:
             _refuse(
                 self._strategy, self._method, "leave the tensors of the old state as they are",
@@ -208,20 +213,19 @@ class _Untouched:
                 f"{{**state, {moved[0]!r}: state[{moved[0]!r}] + ...}}.",
             )  # fmt: skip
 
-
-def _settings(strategy: Strategy) -> dict[str, Any]:
-    """Return what tells whether an attribute has changed, by name."""
-    kind = type(strategy)
-    return {
-        name: _mark(value)
-        for name, value in vars(strategy).items()
-        if not isinstance(getattr(kind, name, None), cached_property)  # derived, not remembered
-    }
+    def _changed(self, name: str, value: object) -> bool:
+        before, mark = self._settings.get(name, (_ABSENT, None))
+        if before is value and mark is None:
+            return False
+        # Derived, not remembered.
+        if isinstance(getattr(type(self._strategy), name, None), cached_property):
+            return False
+        return before is _ABSENT or _mark(value) != (_mark(before) if mark is None else mark)
 
 
 def _mark(value: Any) -> Any:
     """Return something that differs after a change, cheap also where the value is large."""
-    if isinstance(value, str | int | float | bool | None):
+    if isinstance(value, _FIXED):
         return (type(value), repr(value))  # nan is itself
     if isinstance(value, Tensor):
         return (_Same(value), _version(value))

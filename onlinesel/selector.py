@@ -16,9 +16,10 @@ from onlinesel.weights import effective_size
 __all__ = ["Selector", "describe"]
 
 
-def describe(signals: Signals, selection: Selection) -> dict[str, float]:
+def describe(signals: Signals, selection: Selection, *, brief: bool = False) -> dict[str, float]:
     """Return scalars about one decision.
 
+    With ``brief`` only ``kept_share``, ``nonfinite`` and ``score_kept``. All of them are:
     ``kept_share`` of rows; ``ess``, the effective sample size over the number of kept rows;
     ``score_kept`` and ``score_dropped``, mean scores; ``length_bias``, mean labelled tokens of
     kept rows over that of all rows; ``nonfinite``, rows with a signal that is not finite; and the
@@ -27,19 +28,23 @@ def describe(signals: Signals, selection: Selection) -> dict[str, float]:
     weights = selection.weights if selection.weights.dim() == 1 else selection.weights.mean(dim=1)
     kept = weights > 0
     count = int(kept.sum())
-    result = {name: value.float().mean().item() for name, value in selection.metrics.items()}
-    result["kept_share"] = count / signals.size
+    result = {"kept_share": count / signals.size}
     floats = [v for v in signals.present().values() if v.is_floating_point()]
     if floats:
         flat = torch.stack([torch.isfinite(v.reshape(signals.size, -1)).all(dim=1) for v in floats])
         result["nonfinite"] = signals.size - float(flat.all(dim=0).sum())
-    if count:
-        result["ess"] = effective_size(weights).item() / count
     if selection.scores is not None:
         finite = torch.isfinite(selection.scores)
-        for name, rows in (("score_kept", kept & finite), ("score_dropped", ~kept & finite)):
+        asked = (("score_kept", kept & finite), ("score_dropped", ~kept & finite))
+        for name, rows in asked[:1] if brief else asked:
             if bool(rows.any()):
                 result[name] = selection.scores[rows].mean().item()
+    if brief:
+        return result
+    own = {name: value.float().mean().item() for name, value in selection.metrics.items()}
+    result = own | result
+    if count:
+        result["ess"] = effective_size(weights).item() / count
     if signals.tokens is not None and count:
         tokens = signals.tokens.float()
         result["length_bias"] = (tokens[kept].mean() / tokens.mean().clamp(min=1e-9)).item()
@@ -147,11 +152,25 @@ class Selector:
         """Return scalars about the last decision, as :func:`describe`; empty before the first."""
         return {} if self._last is None else describe(*self._last)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that a resumed run needs: plain numbers, text and CPU tensors."""
-        tensors: dict[str, Tensor] = {f"state.{k}": v.cpu() for k, v in self._state.items()}
-        tensors["generator"] = self._generator.get_state()
-        return {"strategy": repr(self.strategy), "step": self.step, "tensors": tensors}
+    def mark(self) -> tuple[int, dict[str, Tensor], Tensor]:
+        """Return the present for a later :meth:`state_dict`; this costs nothing.
+
+        No state is changed in place, so that keeping it is enough.
+        """
+        return self.step, self._state, self._generator.get_state()
+
+    def state_dict(
+        self, at: tuple[int, dict[str, Tensor], Tensor] | None = None
+    ) -> dict[str, Any]:
+        """Return everything that a resumed run needs: plain numbers, text and CPU tensors.
+
+        Args:
+            at: What :meth:`mark` returned, for the state of then; None for that of now.
+        """
+        step, state, generator = self.mark() if at is None else at
+        tensors: dict[str, Tensor] = {f"state.{k}": v.cpu() for k, v in state.items()}
+        tensors["generator"] = generator
+        return {"strategy": repr(self.strategy), "step": step, "tensors": tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken.

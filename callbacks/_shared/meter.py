@@ -210,7 +210,7 @@ class StepMeter(Meter):
         """Note a step's decisions."""
         self._plan = plan
         for signals, selection in plan.decisions:
-            found = describe(signals, selection)
+            found = describe(signals, selection, brief=not self._log_all)
             self._tally.nonfinite += int(found.get("nonfinite", 0))
             self._means.add(**found)
 

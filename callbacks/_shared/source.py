@@ -243,7 +243,7 @@ class StepSource:
         self.meter.announce(self._opening)
         for part in window:
             self._check_columns(part.columns)
-        self._rebuild, self._before = window[0].rebuild, self.selector.state_dict()
+        self._rebuild, self._before = window[0].rebuild, self.selector.mark()
         batches = [self._moved(part.columns) for part in window]
         self._settle_labels(batches)
         groups = None if window[0].groups is None else [_present(part.groups) for part in window]
@@ -356,7 +356,7 @@ class StepSource:
     def state_dict(self, step: int) -> dict[str, Any]:
         """Return everything that a resumed run needs: plain values and CPU tensors."""
         # Half a step cannot be resumed, its gradient being lost: it is decided anew then.
-        states = [self._before if self.open else self.selector.state_dict()]
+        states = [self.selector.state_dict(self._before if self.open else None)]
         if self.scope != "global" and world_size() > 1:
             states = _gathered(states[0])
         return {
