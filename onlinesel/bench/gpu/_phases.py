@@ -111,7 +111,8 @@ def _tests(task: Task) -> Result:
         found = {"exit_code": done.returncode, **_outcomes(report)}
     task.save(found)
     if found["failed"]:
-        raise RuntimeError(f"{len(found['failed'])} tests failed, the first: {found['failed'][0]}")
+        first = found["failed"][0]["test"]
+        raise RuntimeError(f"{len(found['failed'])} tests failed, the first: {first}")
     return found
 
 

@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,9 @@ def _everything(results: Mapping[str, Result]) -> str:
     for name, file in results.items():
         parts.append(f"### {name}: {file['what']}")
         if "error" in file or file["status"] not in ("done", "left out"):
-            error = file.get("error", "it ran into its limit")
-            parts.append(f"```text\n{file['status']}: {error}\n```")  # which may look like Markdown
+            why = " ".join(file.get("error", "it ran into its limit").split())
+            why = textwrap.shorten(why, 120, placeholder=" ...")
+            parts.append(f"```text\n{file['status']}: {why}\n```")  # which may look like Markdown
         if "result" in file and name in _TEXTS_OF:
             text = _TEXTS_OF[name](file["result"])
             parts.append(f"```text\n{text}\n```")
