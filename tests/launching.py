@@ -58,12 +58,14 @@ def settle() -> None:
     """Spare a process that has imported all it needs what other packages do in every run.
 
     Accelerate collects garbage when a trainer begins, which walks through all that was ever
-    imported (0.3 s), and parses the metadata of a package whenever it asks whether that is there.
+    imported (0.3 s), and parses the metadata of a package whenever it asks whether that is there,
+    and in which version.
     """
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # for what some packages check when Python ends
-    importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+    for name in ("metadata", "version"):
+        setattr(importlib.metadata, name, functools.cache(getattr(importlib.metadata, name)))
 
 
 def begin() -> None:

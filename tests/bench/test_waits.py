@@ -20,6 +20,7 @@ from onlinesel.recipes import _bench_waits
 from onlinesel.recipes._bench_trainer import StepSizes
 from onlinesel.recipes._bench_waits import beyond_plain
 from tests.bench.simulated_kinds import GOING_ON, SIMULATES, WAITING, recorded, trained
+from tests.launching import settle
 
 simulated = pytest.mark.skipif(not SIMULATES, reason="torch takes no device written in Python")
 
@@ -135,7 +136,7 @@ def test_what_is_left_beyond_a_plain_step_is_documented() -> None:
         for strategy in ("TopLoss", "UDS")
         for times in (1, 2)
     ]
-    found = in_fresh_process(_bench_waits._simulated, cases)
+    found = in_fresh_process(_settled, cases)
     assert json.loads(json.dumps(found)) == found and found[0]["device"] == "simulated:0"
     left, counted = set(), []
     for case in found:
@@ -161,6 +162,11 @@ def test_what_is_left_beyond_a_plain_step_is_documented() -> None:
     assert [
         [int(x) for x in row[2:]] for row in rows if row[0] in ("`TopLoss`", "`UDS`")
     ] == counted
+
+
+def _settled(cases: list[StepSizes]) -> Any:
+    settle()
+    return _bench_waits._simulated(cases)
 
 
 @pytest.mark.gpu
