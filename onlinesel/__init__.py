@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onlinesel.combine import Chain, When
 from onlinesel.ledger import Ledger
@@ -36,8 +36,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Find the one host that has no framework to be imported from, when it is asked for."""
-    if name == "steps":
-        return importlib.import_module("onlinesel.callbacks.loop").steps
-    raise AttributeError(f"module 'onlinesel' has no attribute {name!r}")
+if TYPE_CHECKING:
+    from onlinesel.callbacks.loop import steps
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Find the one host that has no framework to be imported from, when it is asked for."""
+        if name == "steps":
+            return importlib.import_module("onlinesel.callbacks.loop").steps
+        raise AttributeError(f"module 'onlinesel' has no attribute {name!r}")

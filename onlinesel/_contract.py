@@ -10,18 +10,17 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, fields
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor
 
-from onlinesel.types import Selection, Signals, State, Strategy
+from onlinesel.types import Normalize, Selection, Signals, State, Strategy
 
 __all__ = ["begin", "check_strategy", "decide", "learn"]
 
 _SIGNALS = tuple(f.name for f in fields(Signals))
 _OBSERVED = ("loss",)  # what training forwards give for nothing
-_NORMALIZE = ("tokens", "samples", "rows")
 _LARGE = 64  # containers above this size are compared by identity and length alone
 _FIXED = (str, int, float, bool, type(None))
 _ABSENT = object()
@@ -60,7 +59,7 @@ def check_strategy(strategy: Strategy) -> None:
                 strategy, name, f"be among {', '.join(known)}", unknown,
                 "Name the signals as the fields of onlinesel.Signals.",
             )  # fmt: skip
-    if strategy.normalize not in _NORMALIZE:
+    if strategy.normalize not in get_args(Normalize):
         _refuse(
             strategy, "normalize", "be 'tokens', 'samples' or 'rows'", repr(strategy.normalize),
             "'tokens' is the mean over labelled tokens, 'samples' that over the rows' means.",

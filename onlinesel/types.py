@@ -11,15 +11,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["Scorer", "Selection", "Signals", "State", "Strategy"]
+__all__ = ["Normalize", "Scope", "Scorer", "Selection", "Signals", "State", "Strategy"]
 
 State = dict[str, Tensor]
 """What a method remembers between steps: a flat mapping of names to tensors."""
+
+Scope = Literal["global", "rank", "batch"]
+"""What competes: all candidates of a step, those of each process, or those of each micro-batch."""
+
+Normalize = Literal["tokens", "samples", "rows"]
+"""What the loss is divided by: labelled tokens, rows with a mean each, or the number of rows."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +240,7 @@ class Strategy(ABC):
 
     needs: ClassVar[tuple[str, ...]] = ()
     observes: ClassVar[tuple[str, ...]] = ()
-    normalize: ClassVar[str] = "tokens"
+    normalize: ClassVar[Normalize] = "tokens"
     drops_only: ClassVar[bool] = False
 
     @property

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from onlinesel._base.host import upload
+from onlinesel.types import Normalize
 
 __all__ = [
     "Weighing",
@@ -171,7 +172,7 @@ class Weighing:
     weights: Tensor
     counts: Tensor | None
     denominator: Tensor
-    normalize: str
+    normalize: Normalize
     factor: float = 1.0
     observe: Callable[[Tensor], None] | None = None
     width: int | None = None
@@ -252,7 +253,7 @@ def weighted_mean(
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     *,
-    normalize: str = "tokens",
+    normalize: Normalize = "tokens",
     denominator: Tensor | float | None = None,
 ) -> Tensor:
     """Return the weighted mean loss ``sum_i w_i sum_t loss_it / D`` of one batch.
@@ -330,7 +331,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return losses.view(targets.shape)
 
 
-def total_weight(weights: Tensor, counts: Tensor | None, normalize: str) -> Tensor:
+def total_weight(weights: Tensor, counts: Tensor | None, normalize: Normalize) -> Tensor:
     """Return ``D`` of some rows: ``sum_i w_i n_i``; ``sum_i w_i`` or 1 each, if it has a token.
 
     Args:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from onlinesel.callbacks.hf import OnlineSelection
+from onlinesel.recipes._one_run import QUIET, begin_run
 from onlinesel.recipes._warm import Start, as_dataset, load_start
 from onlinesel.report.runlog import RunLog
 from onlinesel.strategies import UDS, RHOLoss, TopLoss, Uniform
@@ -147,11 +147,8 @@ def run_job(job: Job, tell: Callable[[float], None] = lambda share: None) -> Res
         job: What to run.
         tell: Called with the share of the budget that is spent, after every step.
     """
-    set_verbosity_error()
-    disable_progress_bar()
-    torch.set_num_threads(1)
     start, arm = load_start(Path(job.start)), ARMS[job.arm]
-    set_seed(job.seed)
+    begin_run(job.seed)
     with Record(job.folder) as record:
         record.start(
             name=job.arm,
@@ -186,12 +183,7 @@ def _trainer(
         per_device_eval_batch_size=32,
         prediction_loss_only=True,
         seed=job.seed,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
+        **QUIET,
     )
     trainer = Trainer(
         model,

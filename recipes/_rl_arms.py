@@ -6,13 +6,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback, set_seed
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from onlinesel.callbacks.grpo import RolloutSelection
+from onlinesel.recipes._one_run import QUIET, begin_run
 from onlinesel.recipes._problems import columns, correct, evaluate, held_out, pass_rates, pool
 from onlinesel.recipes._rl_warm import RLStart, load_rl_start
 from onlinesel.recipes._workers import Tell
@@ -156,11 +155,8 @@ def run_job(job: Job, tell: Tell = lambda share: None) -> Result:
         job: What to run.
         tell: Called with the share of the budget that is spent, after every step.
     """
-    set_verbosity_error()
-    disable_progress_bar()
-    torch.set_num_threads(1)
     start, arm = load_rl_start(Path(job.start)), job.settings()
-    set_seed(job.seed)
+    begin_run(job.seed)
     problems = pool(start.task)
     with RunLog(job.folder) as record:
         trainer = _trainer(job, arm, start)
@@ -205,13 +201,8 @@ def _trainer(job: Job, arm: Arm, start: RLStart) -> GRPOTrainer:
         weight_decay=0.0,
         gradient_checkpointing=False,
         bf16=False,
-        use_cpu=True,
         seed=job.seed,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+        **QUIET,
     )
     return GRPOTrainer(
         model=start.model(),

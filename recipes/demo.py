@@ -21,7 +21,6 @@ on the noise (97 % of its rows).
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -29,15 +28,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onlinesel.report import Run, read_run
+from onlinesel.report import Run
 from onlinesel.report.summary import group_arms, reach, t_interval
 
 try:
     from onlinesel.recipes._arms import ARMS, Job, Result, run_job
+    from onlinesel.recipes._demos import add_common, check_amounts, run_command, write_up
     from onlinesel.recipes._warm import Start, WarmSettings, prepare
     from onlinesel.recipes._workers import Workers, clear_runs
-    from onlinesel.report.figures import headline_png
-    from onlinesel.report.page import table_markdown, write_report
 except ImportError as error:
     raise ImportError(
         "onlinesel.recipes.demo needs transformers, datasets and the report: "
@@ -75,12 +73,7 @@ class Demo:
     workers: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "seconds", "steps", "workers"):
-            if getattr(self, name) <= 0:
-                raise ValueError(
-                    f"onlinesel demo: {name} must be above 0, got {getattr(self, name)}. "
-                    "Leave it out for the default."
-                )
+        check_amounts("onlinesel demo", self, ("seeds", "seconds", "steps", "workers"))
 
 
 def jobs_of(demo: Demo, start: Path) -> list[Job]:
@@ -118,12 +111,8 @@ def run_demo(demo: Demo) -> Path:
         budgets = " or ".join(dict.fromkeys(f"{job.amount:g} {_UNITS[job.budget]}" for job in jobs))
         print(f"Fine-tuning: {len(jobs)} runs of {budgets} each", flush=True)
         workers.run(jobs, line=_line, doing=lambda job: f"{job.arm} ({job.budget})")
-    runs = [read_run(job.folder) for job in jobs]
-    page = write_report([job.folder for job in jobs], demo.output / "report.html", title=_TITLE)
-    picture = headline_png(runs, demo.output / "headline.png")
-    table = f"{table_markdown(runs)}\n\n{_notes(runs, start)}"
-    (demo.output / "table.md").write_text(table + "\n", "utf-8")
-    print(f"\n{table}\n\nPicture: {picture}\nReport:  {page}", flush=True)
+    folders = [job.folder for job in jobs]
+    page = write_up(demo.output, folders, _TITLE, lambda runs: _notes(runs, start))
     print(f"All in {time.perf_counter() - began:.0f} s.", flush=True)
     return page
 
@@ -180,14 +169,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="onlinesel demo",
         description="Compare ways of choosing rows on a small model, on this machine's CPU.",
     )
-    seeds = int(os.environ.get("SEEDS", "1"))
+    add_common(parser, "runs/demo", Demo.seconds, tuple(ARMS))
     add: Any = parser.add_argument
-    add("--seeds", type=int, default=seeds, help="runs of each arm (%(default)s)")
-    add("--output", "--out", type=Path, default=Path("runs/demo"), help="folder (%(default)s)")
-    add("--seconds", type=float, default=Demo.seconds, help="CPU seconds a run (%(default)s)")
     add("--steps", type=int, default=Demo.steps, help="optimizer steps a run (%(default)s)")
-    add("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS), metavar="ARM",
-        help=f"among {', '.join(ARMS)}")  # fmt: skip
     add("--fresh", action="store_true", help="build corpus and warm model again")
     return parser
 
@@ -198,14 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments without the program's name, or None for those of the process.
     """
-    options = vars(_parser().parse_args(argv))
-    options["arms"] = tuple(options["arms"])
-    try:
-        run_demo(Demo(**options))
-    except KeyboardInterrupt:
-        sys.stderr.write("\nonlinesel demo: stopped; the next demo begins its runs again.\n")
-        return 130
-    return 0
+    return run_command(_parser(), argv, lambda **options: run_demo(Demo(**options)))
 
 
 if __name__ == "__main__":

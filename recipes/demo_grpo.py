@@ -23,7 +23,6 @@ and 86 ± 8 %; band and sampler with a target of one half got there in one run o
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -31,15 +30,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onlinesel.report import read_run
-
 try:
+    from onlinesel.recipes._demos import add_common, check_amounts, run_command, write_up
     from onlinesel.recipes._problems import TASKS
     from onlinesel.recipes._rl_arms import ARMS, Job, Result, run_job
     from onlinesel.recipes._rl_warm import RLStart, RLWarmSettings, prepare_rl
     from onlinesel.recipes._workers import Workers, clear_runs
-    from onlinesel.report.figures import headline_png
-    from onlinesel.report.page import table_markdown, write_report
 except ImportError as error:
     raise ImportError(
         'onlinesel.recipes.demo_grpo needs TRL and the report: pip install "onlinesel[trl,report]".'
@@ -82,12 +78,8 @@ class GRPODemo:
     rate: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "seconds", "workers", "prompts", "rate"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(
-                    f"onlinesel demo-grpo: {name} must be above 0, got {getattr(self, name)}. "
-                    "Leave it out for the default."
-                )
+        amounts = ("seeds", "seconds", "workers", "prompts", "rate")
+        check_amounts("onlinesel demo-grpo", self, amounts)
 
 
 def jobs_of(demo: GRPODemo, starts: dict[str, Path]) -> list[Job]:
@@ -153,16 +145,11 @@ def _line(job: Job, result: Result, seconds: float) -> str:
 
 
 def _tell(demo: GRPODemo, task: str, jobs: Sequence[Job]) -> Path:
-    """Write page, picture and table about one task, and print the table."""
-    folder, runs = demo.output / task, [read_run(job.folder) for job in jobs]
-    page = write_report([job.folder for job in jobs], folder / "report.html", title=_TITLES[task])
-    picture = headline_png(runs, folder / "headline.png", axis="rollouts")
+    """Write and print what came out on one task."""
     arms = {job.arm: job.settings() for job in jobs}
     listed = "; ".join(f"{n}: {a.prompts} prompts a step, rate {a.rate:g}" for n, a in arms.items())
-    table = f"{table_markdown(runs)}\n\nSettings: {listed}."
-    (folder / "table.md").write_text(table + "\n", "utf-8")
-    print(f"\n{_TITLES[task]}\n\n{table}\n\nPicture: {picture}\nReport:  {page}\n", flush=True)
-    return page
+    folders, notes = [job.folder for job in jobs], f"Settings: {listed}."
+    return write_up(demo.output / task, folders, _TITLES[task], lambda _: notes, axis="rollouts")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -170,15 +157,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="onlinesel demo-grpo",
         description="Compare ways of choosing problems for GRPO, on this machine's CPU.",
     )
-    seeds = int(os.environ.get("SEEDS", "1"))
+    add_common(parser, "runs/demo-grpo", GRPODemo.seconds, tuple(ARMS))
     add: Any = parser.add_argument
-    add("--seeds", type=int, default=seeds, help="runs of each arm (%(default)s)")
-    add("--output", type=Path, default=Path("runs/demo-grpo"), help="folder (%(default)s)")
-    add("--seconds", type=float, default=GRPODemo.seconds, help="CPU seconds a run (%(default)s)")
     add("--tasks", nargs="+", choices=tuple(TASKS), default=tuple(TASKS), metavar="TASK",
         help=f"among {', '.join(TASKS)}")  # fmt: skip
-    add("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS), metavar="ARM",
-        help=f"among {', '.join(ARMS)}")  # fmt: skip
     add("--prompts", type=int, help="groups that train in a step (each arm's own)")
     add("--rate", type=float, help="learning rate (each arm's own)")
     add("--fresh", action="store_true", help="practise again")
@@ -191,14 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments without the program's name, or None for those of the process.
     """
-    options = vars(_parser().parse_args(argv))
-    options["arms"], options["tasks"] = tuple(options["arms"]), tuple(options["tasks"])
-    try:
-        run_demo(GRPODemo(**options))
-    except KeyboardInterrupt:
-        sys.stderr.write("\nonlinesel demo-grpo: stopped; the next one begins its runs again.\n")
-        return 130
-    return 0
+    return run_command(_parser(), argv, lambda **options: run_demo(GRPODemo(**options)))
 
 
 if __name__ == "__main__":

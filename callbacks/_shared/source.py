@@ -33,7 +33,7 @@ from onlinesel.scoring import CausalLMScorer, evaluating, unwrap
 from onlinesel.scoring.loss_probe import LossFacts, Probe, differs
 from onlinesel.selector import Selector
 from onlinesel.step import StepPlan, StepPlanner
-from onlinesel.types import Signals, Strategy
+from onlinesel.types import Normalize, Scope, Signals, Strategy
 
 if TYPE_CHECKING:
     from onlinesel.callbacks._shared.reuse import ReusedForward
@@ -59,8 +59,8 @@ class StepSource:
         strategy: Strategy | Selector,
         *,
         candidates: int,
-        scope: str,
-        normalize: str | None,
+        scope: Scope,
+        normalize: Normalize | None,
         seed: int,
         score: Score | None,
         ids: str,

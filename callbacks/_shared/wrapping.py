@@ -40,7 +40,7 @@ def take_off(callback: Any, before: Mapping[str, Any]) -> None:
         trainer.remove_callback(callback)
 
 
-def restore_all(before: list[tuple[Any, Mapping[str, Any]]]) -> None:
+def restore_all(before: list[tuple[Any, dict[str, Any]]]) -> None:
     """Put back what :func:`wrap` returned of several instances, the last first."""
     while before:
         restore(*before.pop())

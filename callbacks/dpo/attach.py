@@ -24,17 +24,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onlinesel.callbacks._shared.belonging import check_added, check_own, warn_of_no_state
+from onlinesel.callbacks._shared.belonging import warn_of_no_state
 from onlinesel.callbacks._shared.hosts import TESTED_TRL, right_callback
 from onlinesel.callbacks._shared.precision import warn_slow_bfloat16
 from onlinesel.callbacks._shared.versions import check_version
-from onlinesel.callbacks._shared.wrapping import overridden, take_off, wrap
+from onlinesel.callbacks._shared.wrapping import overridden
 from onlinesel.callbacks.dpo.weigh import TOKEN_VALUE, CarryTokenValues, WeighedModel, refuse
 from onlinesel.rl.preference import PreferenceTerms, PreferenceTokens, PreferenceWeights
 
 try:
-    from transformers import TrainerCallback
-
+    from onlinesel.callbacks._shared.attached import (
+        AttachedCallback,
+        check_settings,
+        seed_of_rank,
+    )
     from onlinesel.callbacks._shared.checkpoint import load_selection, save_selection
 except ImportError as error:
     raise ImportError(
@@ -44,7 +47,6 @@ except ImportError as error:
 __all__ = ["PreferenceSelection"]
 
 _COMPUTED = ("policy", "reference")
-_WRAPPED = ("compute_loss", "get_train_dataloader", "_save_rng_state", "_inner_training_loop")
 _USED = (
     "compute_ref_log_probs", "loss_types", "precompute_ref_logps", "use_weighting", "_metrics",
     "_is_vision_dataset", "_tokenizer",
@@ -52,7 +54,7 @@ _USED = (
 _COUNTING = ("ipo", "sigmoid_norm", "sft")  # divide by the number of tokens
 
 
-class PreferenceSelection(TrainerCallback):
+class PreferenceSelection(AttachedCallback):
     """Weigh the tokens of preference pairs in TRL's DPOTrainer.
 
     With all weights 1 the run is the plain one, bit for bit. TRL's metrics of log-probabilities and
@@ -88,6 +90,10 @@ class PreferenceSelection(TrainerCallback):
         ```
     """
 
+    _wrapped = (
+        "compute_loss", "get_train_dataloader", "_save_rng_state", "_inner_training_loop",
+    )  # fmt: skip
+
     def __init__(self, trainer: Any, weights: PreferenceWeights, *, seed: int = 0) -> None:
         _check_trainer(trainer)
         if not isinstance(weights, PreferenceWeights):
@@ -102,23 +108,7 @@ class PreferenceSelection(TrainerCallback):
         self._special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
         self._vocabulary = len(tokenizer)
         self._generator = torch.Generator().manual_seed(seed)
-        self._running = False
-        self._call = {name: getattr(trainer, name) for name in _WRAPPED}
-        methods = {name: getattr(self, f"_on_{name}") for name in _WRAPPED}
-        self._before = wrap(trainer, methods)
-
-    def detach(self) -> None:
-        """Take the callback off its trainer, which is then as it was before.
-
-        Raises:
-            ValueError: The trainer is training.
-        """
-        if self._running:
-            refuse(
-                "detach", "called before or after train()", "a call during training",
-                "Wait for the end of the run.",
-            )  # fmt: skip
-        take_off(self, self._before)
+        self._attach()
 
     @property
     def _columns(self) -> list[str]:
@@ -177,10 +167,6 @@ class PreferenceSelection(TrainerCallback):
             metrics["selection/ignored_share"].append((used == 0).float().mean().item())
         return terms
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse another trainer than the one that is wrapped."""
-        check_own(self, self._running, args)
-
     # Checkpoints ----------------------------------------------------------------------------
 
     @property
@@ -199,20 +185,8 @@ class PreferenceSelection(TrainerCallback):
         state = {"generator": self._generator.get_state()}
         save_selection(output_dir, state, self._facts(), rank=self._rank)
 
-    def _on__inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Start or resume the generator together with the run."""
-        check_added(self)
-        # Processes must not draw the same numbers for different rows.
-        self._generator.manual_seed(self.seed + 1_000_003 * (self._rank or 0))
-        self._resume(kwargs.get("resume_from_checkpoint"))
-        self._running = True
-        try:
-            return self._call["_inner_training_loop"](*args, **kwargs)
-        finally:
-            self._running = False
-
-    def _resume(self, checkpoint: str | None) -> None:
-        """Read the generator of a checkpoint, if it has one."""
+    def _begin(self, checkpoint: str | None, trial: int | None) -> None:
+        self._generator.manual_seed(seed_of_rank(self.seed, self._rank))
         if checkpoint is None:
             return
         found = load_selection(checkpoint, rank=self._rank, owner="PreferenceSelection")
@@ -220,12 +194,7 @@ class PreferenceSelection(TrainerCallback):
             warn_of_no_state("PreferenceSelection", checkpoint)
             return
         tensors, facts = found
-        for name, value in self._facts().items():
-            if facts.get(name) != value:
-                refuse(
-                    name, f"the checkpoint's ({facts.get(name)})", value,
-                    f"Resume {checkpoint} with the arguments that wrote it.",
-                )  # fmt: skip
+        check_settings(refuse, checkpoint, facts, self._facts())
         self._generator.set_state(tensors["generator"])
 
 

@@ -34,14 +34,12 @@ from onlinesel.rl.types import Advantages, TokenWeights
 from onlinesel.types import Strategy
 
 try:
-    from transformers import TrainerCallback
-
     from onlinesel.callbacks._shared.announce import rollout_opening
-    from onlinesel.callbacks._shared.belonging import check_added, check_own
+    from onlinesel.callbacks._shared.attached import AttachedCallback
     from onlinesel.callbacks._shared.record import trainer_settings
     from onlinesel.callbacks._shared.trainers import is_stream, seed_of
-    from onlinesel.callbacks._shared.wrapping import overridden, take_off, wrap
-    from onlinesel.callbacks.grpo.checks import check, refuse
+    from onlinesel.callbacks._shared.wrapping import overridden
+    from onlinesel.callbacks.grpo.checks import check
     from onlinesel.callbacks.grpo.generate import BatchMaker
     from onlinesel.callbacks.grpo.loss import MicroLoss, Window, regroup
     from onlinesel.callbacks.grpo.meter import RolloutMeter
@@ -82,7 +80,7 @@ _WRAPPED = (
 )
 
 
-class RolloutSelection(TrainerCallback):
+class RolloutSelection(AttachedCallback):
     """Choose the problems, the groups and the tokens that GRPO trains on.
 
     Every part is optional; without any, the trainer does what it did before.
@@ -142,6 +140,9 @@ class RolloutSelection(TrainerCallback):
         ```
     """
 
+    _wrapped = _WRAPPED
+    _instead = "Use When(..., stop=step) to end a gate within a run."
+
     def __init__(
         self,
         trainer: Any,
@@ -181,25 +182,10 @@ class RolloutSelection(TrainerCallback):
         self._tokens = TokenTerm(trainer, tokens, temperature, scores, fused_logprobs)
         self.meter = RolloutMeter(record, self._told)
         self._maker: BatchMaker | None = None
-        self._running, self._window = False, Window()
-        methods = {name: getattr(self, f"_on_{name}") for name in _WRAPPED}
-        self._call = {name: getattr(trainer, name) for name in _WRAPPED}
-        log_probs = self._call["_get_per_token_logps_and_entropies"]
+        self._window = Window()
+        log_probs = trainer._get_per_token_logps_and_entropies
         self._loss = MicroLoss(trainer, self.parts, fused_logprobs, log_probs)
-        self._before = wrap(trainer, methods)
-
-    def detach(self) -> None:
-        """Take the callback off its trainer, which is then as it was before.
-
-        Raises:
-            ValueError: The trainer is training.
-        """
-        if self._running:
-            refuse(
-                "detach", "called before or after train()", "a call during training",
-                "Use When(..., stop=step) to end a gate within a run.",
-            )  # fmt: skip
-        take_off(self, self._before)
+        self._attach()
 
     def prompt_table(self) -> list[dict[str, Any]]:
         """Return what is believed about every problem; empty without a prompt sampler."""
@@ -294,10 +280,6 @@ class RolloutSelection(TrainerCallback):
 
     # The run --------------------------------------------------------------------------------
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse another trainer than the one that is wrapped."""
-        check_own(self, self._running, args)
-
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock of the step."""
         self.meter.step_began()
@@ -333,22 +315,10 @@ class RolloutSelection(TrainerCallback):
             ),
         }
 
-    def _on__inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Start or resume the selection together with the run."""
-        check_added(self)
-        if not self._idle:
-            self.meter.step_began()  # embedding the prompts is part of what choosing costs
-            trial = getattr(kwargs.get("trial"), "number", None)
-            self._begin(kwargs.get("resume_from_checkpoint"), trial)
-        self._running = True
-        try:
-            return self._call["_inner_training_loop"](*args, **kwargs)
-        finally:
-            self._running = False
-            self.meter.table(self.prompt_table())
-            self.meter.stop()
-
-    def _begin(self, checkpoint: str | None, trial: int | None = None) -> None:
+    def _begin(self, checkpoint: str | None, trial: int | None) -> None:
+        if self._idle:
+            return
+        self.meter.step_began()  # embedding the prompts is part of what choosing costs
         found = load_run(self.trainer, checkpoint, self._facts(), type(self).__name__)
         state, facts = found if found is not None else ({}, {})
         refill = self.parts["refill"]
@@ -376,6 +346,10 @@ class RolloutSelection(TrainerCallback):
         writes = self.trainer.args.process_index == 0
         self.meter.start(resumed, facts.get("totals", {}), writes, trial)
         self.meter.announce(partial(rollout_opening, self.trainer, self.parts))
+
+    def _end(self) -> None:
+        self.meter.table(self.prompt_table())
+        self.meter.stop()
 
     def _on__save_rng_state(self, output_dir: str) -> None:
         """Write the state beside the trainer's own, before the checkpoint counts as complete."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onlinesel.callbacks._shared.attached import check_settings
 from onlinesel.callbacks._shared.belonging import warn_of_no_state
 from onlinesel.callbacks._shared.checkpoint import load_selection, save_selection
 from onlinesel.callbacks._shared.trainers import is_stream
@@ -86,7 +87,7 @@ def restore_fill(filler: Filler, watch: Watch, state: Mapping[str, Tensor]) -> N
             pool.load_state_dict(part(state, name))
     filler.carried = []
     while own := part(state, f"carried.{len(filler.carried)}"):
-        fields = {name: own[name] for name in _FIELDS}
+        fields: dict[str, Any] = {name: own[name] for name in _FIELDS}
         rows = part(own, "rows")
         filler.carried.append(Group(prompt=int(own["prompt"]), rows=rows, **fields))
 
@@ -191,12 +192,7 @@ def load_run(
     if found is None:
         warn_of_no_state(owner, checkpoint)
         return None
-    for name, value in {**facts, "world_size": world_size()}.items():
-        if found[1][name] != value:
-            refuse(
-                name, f"the checkpoint's ({found[1][name]})", value,
-                f"Resume {checkpoint} with the arguments that wrote it.",
-            )  # fmt: skip
+    check_settings(refuse, checkpoint, found[1], {**facts, "world_size": world_size()})
     _check_data(trainer, found[1], owner)
     own = load_selection(checkpoint, rank=trainer.args.process_index, name=_NAME, owner=owner)
     assert own is not None

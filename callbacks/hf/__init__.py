@@ -2,8 +2,10 @@
 
 The way of a step through this room:
 
-1. ``attach``: the callback; wraps the trainer's methods, decides at every step, and puts them back;
-2. ``order``, ``data``: which rows the trainer loads, and where in its data a run stands;
+1. ``attach``: the callback; refuses what it cannot do exactly (``checks``), wraps the trainer's
+   methods, decides at every step, and puts them back;
+2. ``order``, ``columns``, ``data``: which rows the trainer loads, which of their columns ride in
+   the batches, and where in its data a run stands;
 3. ``batches``: its batches as columns of rows, and back in the structure that its collator gave;
 4. ``fused``: scores where the trainer's head is fused;
 5. ``loss``, ``loss_check``: row weights inside the trainer's own loss, and whether it takes them;

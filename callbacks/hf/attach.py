@@ -16,7 +16,7 @@ methods **of that instance**; :meth:`OnlineSelection.detach` puts everything bac
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from onlinesel.callbacks._shared.announce import opening
-from onlinesel.callbacks._shared.belonging import check_added, check_own
 from onlinesel.callbacks._shared.meter import StepMeter
 from onlinesel.callbacks._shared.replay import HELD, Replay
 from onlinesel.callbacks._shared.trainers import is_zero3, seed_of
-from onlinesel.callbacks._shared.wrapping import take_off, wrap
-from onlinesel.callbacks.hf.checks import check_ranks, check_trainer, is_sft, refuse
+from onlinesel.callbacks.hf.checks import check_ranks, check_trainer, is_sft
 from onlinesel.callbacks.hf.columns import carried_columns, domain_sampler
 from onlinesel.callbacks.hf.fused import FusedHeadScorer
 from onlinesel.callbacks.hf.loss import (
@@ -49,11 +47,10 @@ from onlinesel.report.runlog import RunLog
 from onlinesel.scoring import CausalLMScorer, evaluating
 from onlinesel.selector import Selector
 from onlinesel.step import StepPlanner
-from onlinesel.types import Scorer, Signals, Strategy
+from onlinesel.types import Normalize, Scope, Scorer, Signals, Strategy
 
 try:
-    from transformers import TrainerCallback
-
+    from onlinesel.callbacks._shared.attached import AttachedCallback, seed_of_rank
     from onlinesel.callbacks._shared.reuse import reuse_in_trainer
     from onlinesel.callbacks.hf.batches import RowBatches
     from onlinesel.callbacks.hf.data import TrainingData
@@ -72,13 +69,8 @@ except ImportError as error:
 
 __all__ = ["OnlineSelection"]
 
-_WRAPPED = (
-    "get_train_dataloader", "get_batch_samples", "compute_loss", "log", "_save_rng_state",
-    "_inner_training_loop",
-)  # fmt: skip
 
-
-class OnlineSelection(TrainerCallback):
+class OnlineSelection(AttachedCallback):
     """Choose and weigh the rows of every optimizer step.
 
     A checkpoint is taken up on any number of processes, and with another batch size or
@@ -137,8 +129,12 @@ class OnlineSelection(TrainerCallback):
         ```
     """
 
+    _wrapped = (
+        "get_train_dataloader", "get_batch_samples", "compute_loss", "log", "_save_rng_state",
+        "_inner_training_loop",
+    )  # fmt: skip
+    _instead = "Use When(..., stop=step) to end the selection within a run."
     _planner: StepPlanner | None = None
-    _running = False
 
     def __init__(
         self,
@@ -146,8 +142,8 @@ class OnlineSelection(TrainerCallback):
         strategy: Strategy,
         *,
         candidates: int = 1,
-        scope: str = "global",
-        normalize: str | None = None,
+        scope: Scope = "global",
+        normalize: Normalize | None = None,
         seed: int | None = None,
         ids: str = "auto",
         shadow: bool = False,
@@ -197,21 +193,7 @@ class OnlineSelection(TrainerCallback):
         self._meter = StepMeter(record, partial(record_facts, self), log_all=log_all, shadow=shadow)
         self._trained, self._rows = TrainedLosses(), RowBatches()
         check_candidates("OnlineSelection", strategy, candidates)
-        self._call = {name: getattr(trainer, name) for name in _WRAPPED}
-        self._before = wrap(trainer, {n: getattr(self, f"_on_{n}") for n in _WRAPPED})
-
-    def detach(self) -> None:
-        """Take the callback off its trainer, which is then as it was before.
-
-        Raises:
-            ValueError: The trainer is training: its loader already holds candidates.
-        """
-        if self._running:
-            refuse(
-                "detach", "called before or after train()", "a call during training",
-                "Use When(..., stop=step) to end the selection within a run.",
-            )  # fmt: skip
-        take_off(self, self._before)
+        self._attach()
 
     # Data -----------------------------------------------------------------------------------
 
@@ -237,10 +219,6 @@ class OnlineSelection(TrainerCallback):
         if plan(rows, epoch=0, seed=self.seed) is None:
             return None
         return lambda epoch: plan(rows, epoch=epoch, seed=self.seed)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse another trainer than the one that is wrapped."""
-        check_own(self, self._running, args)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the order of the rows its epoch, which comes from the run's own counter."""
@@ -285,7 +263,8 @@ class OnlineSelection(TrainerCallback):
     def _score(
         self, batch: dict[str, Any], needs: Sequence[str], hosted: Mapping[str, Any]
     ) -> Signals:
-        trainer, held = self.trainer, nullcontext()
+        trainer = self.trainer
+        held: AbstractContextManager[None] = nullcontext()
         if self._reuse is not None:
             held = self._reuse.scoring(batch)
             batch = self._reuse.without_marks(batch)
@@ -358,11 +337,8 @@ class OnlineSelection(TrainerCallback):
         }
         save_run(output_dir, self.selector, self._domains, facts, self._rank)
 
-    def _on__inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Start or resume the selection together with the run."""
-        check_added(self)
-        # Ranks that decide alone must not draw the same numbers for different rows.
-        seed = self.seed + 1_000_003 * (self._rank or 0)
+    def _begin(self, checkpoint: str | None, trial: int | None) -> None:
+        seed = seed_of_rank(self.seed, self._rank)
         self.selector = Selector(self.selector.strategy, seed=seed)
         self._planner, self._trained, self._rows = None, TrainedLosses(), RowBatches()
         self._loss_check = LossCheck(
@@ -374,16 +350,14 @@ class OnlineSelection(TrainerCallback):
             self._reference.to(self.trainer.args.device)
         if isinstance(self._scorer, CausalLMScorer):
             self._scorer.reset()
-        step = self._resume(kwargs.get("resume_from_checkpoint"))
-        trial = getattr(kwargs.get("trial"), "number", None)
+        step = self._resume(checkpoint)
         self._meter.start(step, self.trainer.args.process_index == 0, trial)
-        self._running = True
-        try:
-            with self._data.standing():
-                return self._call["_inner_training_loop"](*args, **kwargs)
-        finally:
-            self._running = False
-            self._meter.stop()
+
+    def _during(self) -> AbstractContextManager[None]:
+        return self._data.standing()
+
+    def _end(self) -> None:
+        self._meter.stop()
 
     def _resume(self, checkpoint: str | None) -> int | None:
         """Read the state of a checkpoint; return its step, None without one."""

@@ -12,6 +12,7 @@ from transformers import Trainer
 from onlinesel.callbacks.hf.checks import is_sft, refuse
 from onlinesel.scoring import CausalLMScorer, evaluating
 from onlinesel.scoring.loss_probe import Probe, ask_loss, differs
+from onlinesel.types import Normalize
 
 __all__ = ["LossCheck"]
 
@@ -27,7 +28,7 @@ class LossCheck:
     """
 
     def __init__(
-        self, trainer: Any, compute: Callable[..., Any], scorer: Any, normalize: str
+        self, trainer: Any, compute: Callable[..., Any], scorer: Any, normalize: Normalize
     ) -> None:
         self._trainer, self._compute, self._done = trainer, compute, False
         reads = isinstance(scorer, CausalLMScorer) and scorer.needs

@@ -12,7 +12,7 @@ from onlinesel._base.host import to_host
 from onlinesel.mixing import DomainSampler
 from onlinesel.parallel.distributed import gather_signals
 from onlinesel.selector import Selector
-from onlinesel.types import Signals
+from onlinesel.types import Scope, Signals
 
 __all__ = ["TrainedLosses"]
 
@@ -45,7 +45,7 @@ class TrainedLosses:
         self._losses.append(torch.where(trains, losses, float("nan")))
 
     def teach(
-        self, selector: Selector, domains: DomainSampler | None, scope: str, device: torch.device
+        self, selector: Selector, domains: DomainSampler | None, scope: Scope, device: torch.device
     ) -> None:
         """Let who learns from the losses of this step do so.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from onlinesel.callbacks._shared.attached import check_settings
 from onlinesel.callbacks._shared.belonging import warn_of_no_state
 from onlinesel.callbacks._shared.checkpoint import load_selections, save_selection
 from onlinesel.callbacks._shared.record import trainer_settings
@@ -126,12 +127,7 @@ def resume_run(
         return None
     step = states[0][1]["step"]
     for _, facts in states:
-        for name, value in (settings | {"step": step}).items():
-            if facts.get(name) != value:
-                refuse(
-                    name, f"the checkpoint's ({facts.get(name)})", value,
-                    f"Resume {checkpoint} with the arguments that wrote it.",
-                )  # fmt: skip
+        check_settings(refuse, checkpoint, facts, settings | {"step": step})
     me = rank or 0
     tensors, facts = states[me % len(states)]
     if len(states) == 1 and (rank is None or facts["world_size"] == world_size):

@@ -41,7 +41,7 @@ from onlinesel.data.loader import CandidateLoader, Candidates
 from onlinesel.report.runlog import RunLog
 from onlinesel.scoring import unwrap
 from onlinesel.selector import Selector
-from onlinesel.types import Strategy
+from onlinesel.types import Normalize, Scope, Strategy
 from onlinesel.weights import hand_over
 
 try:
@@ -127,8 +127,8 @@ class OnlineSelection(Callback):
         *,
         candidates: int = 1,
         accumulate: int | None = None,
-        scope: str = "global",
-        normalize: str | None = None,
+        scope: Scope = "global",
+        normalize: Normalize | None = None,
         seed: int = 0,
         score: Score | None = None,
         ids: str = "auto",

@@ -21,7 +21,7 @@ from onlinesel.parallel.distributed import rank, sum_over_ranks, world_size
 from onlinesel.report.runlog import RunLog
 from onlinesel.selector import Selector, describe
 from onlinesel.step import Decision
-from onlinesel.types import Strategy
+from onlinesel.types import Normalize, Scope, Strategy
 
 __all__ = ["MicroBatch", "Step", "Steps", "steps"]
 
@@ -155,8 +155,8 @@ class Steps:
         *,
         candidates: int = 1,
         accumulate: int = 1,
-        scope: str = "global",
-        normalize: str | None = None,
+        scope: Scope = "global",
+        normalize: Normalize | None = None,
         seed: int = 0,
         score: Score | None = None,
         ids: str = "auto",

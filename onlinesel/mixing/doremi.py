@@ -43,7 +43,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from onlinesel.mixing.types import Mixture, domain_means, normalized, start_proportions
+from onlinesel.mixing.types import (
+    Mixture,
+    check_above_zero,
+    domain_means,
+    normalized,
+    start_proportions,
+)
 from onlinesel.types import State
 
 __all__ = ["DoReMi", "exponentiated_step"]
@@ -112,21 +118,14 @@ class DoReMi(Mixture):
                 f"DoReMi: reference must be finite losses, got {self.reference}. "
                 "Give the mean loss of a reference model on each domain."
             )
-        if not (math.isfinite(self.eta) and self.eta > 0):
-            raise ValueError(
-                f"DoReMi: eta must be finite and above 0, got {self.eta}. Use the paper's 1."
-            )
+        check_above_zero(self, "eta", self.eta, "Use the paper's 1.")
         if not 0 < self.smoothing <= 1:
             raise ValueError(
                 f"DoReMi: smoothing must be in (0, 1], got {self.smoothing}. "
                 "Use 0.05, or the paper's 1e-3."
             )
-        object.__setattr__(self, "initial", normalized(self, "initial", self.initial))
-        if not isinstance(self.initial, str) and min(self.initial) == 0:
-            raise ValueError(
-                f"DoReMi: initial must be positive numbers, got {self.initial}. "
-                "A share of 0 cannot be multiplied up again; leave the domain's rows out instead."
-            )
+        why = "A share of 0 cannot be multiplied up again"
+        object.__setattr__(self, "initial", normalized(self, "initial", self.initial, no_zero=why))
 
     @classmethod
     def paper(cls, reference: Sequence[float] | None = None) -> DoReMi:

@@ -23,14 +23,13 @@ other mixture with both.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from onlinesel.mixing.types import Mixture, normalized, start_proportions
+from onlinesel.mixing.types import Mixture, check_above_zero, normalized, start_proportions
 from onlinesel.types import State
 
 __all__ = ["FixedMixture", "tempered"]
@@ -84,11 +83,10 @@ class FixedMixture(Mixture):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", normalized(self, "weights", self.weights))
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(
-                f"FixedMixture: temperature must be finite and above 0, got {self.temperature}. "
-                "Use 1 for the weights as they are, and weights='uniform' for equal shares."
-            )
+        check_above_zero(
+            self, "temperature", self.temperature,
+            "Use 1 for the weights as they are, and weights='uniform' for equal shares.",
+        )  # fmt: skip
 
     def init(self, sizes: Tensor) -> State:
         """Return the proportions; they never change."""

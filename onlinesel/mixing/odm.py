@@ -121,12 +121,8 @@ class ODM(Mixture):
                 f"ODM: warmup must be at least 0 steps, got {self.warmup}. "
                 "Use 0 for none, or 1 % of the run's steps."
             )
-        object.__setattr__(self, "initial", normalized(self, "initial", self.initial))
-        if not isinstance(self.initial, str) and min(self.initial) == 0:
-            raise ValueError(
-                f"ODM: initial must be positive numbers, got {self.initial}. "
-                "Rewards are divided by the share; leave the domain's rows out instead."
-            )
+        why = "Rewards are divided by the share"
+        object.__setattr__(self, "initial", normalized(self, "initial", self.initial, no_zero=why))
 
     def init(self, sizes: Tensor) -> State:
         """Return rewards of 0."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from onlinesel.types import State
 
-__all__ = ["Mixture", "domain_means", "normalized", "start_proportions"]
+__all__ = ["Mixture", "check_above_zero", "domain_means", "normalized", "start_proportions"]
 
 
 class Mixture(ABC):
@@ -115,16 +115,35 @@ def domain_means(domain: Tensor, values: Tensor, count: int) -> tuple[Tensor, Te
     return sums / counts.clamp(min=1), counts > 0
 
 
-def normalized(owner: object, name: str, weights: Sequence[float] | str) -> tuple[float, ...] | str:
+def check_above_zero(owner: object, name: str, value: float, remedy: str) -> None:
+    """Refuse a number that is not finite and above 0.
+
+    Args:
+        owner: The mixture whose argument it is; its class names the error.
+        name: Name of the argument.
+        value: What the user gave.
+        remedy: What to do instead.
+    """
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(
+            f"{type(owner).__name__}: {name} must be finite and above 0, got {value}. {remedy}"
+        )
+
+
+def normalized(
+    owner: object, name: str, weights: Sequence[float] | str, *, no_zero: str | None = None
+) -> tuple[float, ...] | str:
     """Return weights as a tuple of floats, or one of the names ``"size"`` and ``"uniform"``.
 
     Args:
         owner: The mixture whose argument it is; its class names the error.
         name: Name of the argument.
         weights: What the user gave.
+        no_zero: Why no domain may have a share of 0; None where one may.
 
     Raises:
-        ValueError: Another name, or weights that are not finite, negative, or all 0.
+        ValueError: Another name, or weights that are not finite, negative, all 0, or 0 where none
+            may be.
     """
     who = type(owner).__name__
     if isinstance(weights, str):
@@ -139,6 +158,11 @@ def normalized(owner: object, name: str, weights: Sequence[float] | str) -> tupl
         raise ValueError(
             f"{who}: {name} must be finite numbers >= 0 with a positive sum, got {numbers}. "
             "Give one weight per domain, in ascending order of the domains' numbers."
+        )
+    if no_zero is not None and min(numbers) == 0:
+        raise ValueError(
+            f"{who}: {name} must be positive numbers, got {numbers}. {no_zero}; leave the domain's "
+            "rows out instead."
         )
     return numbers
 

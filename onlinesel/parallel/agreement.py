@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from onlinesel.parallel.distributed import world_size
-from onlinesel.step import SCOPES
-from onlinesel.types import Strategy
-
-NORMALIZE = ("tokens", "samples", "rows")
+from onlinesel.types import Normalize, Scope, Strategy
 
 __all__ = [
     "check_arguments",
@@ -42,10 +39,11 @@ def check_arguments(owner: str, candidates: object, scope: object, normalize: ob
     for good, name, rule, got, remedy in (
         (whole and int(candidates) >= 1, "candidates", "an integer >= 1", candidates,  # type: ignore[call-overload]
          "Use 1 to weigh without dropping."),
-        (scope in SCOPES, "scope", f"one of {', '.join(SCOPES)}", scope,
+        (scope in get_args(Scope), "scope", f"one of {', '.join(get_args(Scope))}", scope,
          "With 'global' all candidates of a step compete, with 'rank' those of each process, with "
          "'batch' those of each micro-batch."),
-        (normalize in NORMALIZE, "normalize", "'tokens', 'samples', 'rows' or None", normalize,
+        (normalize in get_args(Normalize), "normalize", "'tokens', 'samples', 'rows' or None",
+         normalize,
          "'tokens' is the mean over labelled tokens, 'samples' that over the rows' means, 'rows' "
          "their weighted sum over the number of rows, and None leaves it to the method."),
     ):  # fmt: skip

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -39,12 +39,12 @@ from onlinesel.parallel.distributed import (
 from onlinesel.selector import Selector
 from onlinesel.step.micro import MicroBatches, united
 from onlinesel.step.places import Place, join, picked, split_evenly
-from onlinesel.types import Selection, Signals
+from onlinesel.types import Normalize, Scope, Selection, Signals
 from onlinesel.weights import Weighing, total_weight
 
 __all__ = ["SCOPES", "Decision", "StepPlan", "StepPlanner"]
 
-SCOPES = ("global", "rank", "batch")
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 Batch = dict[str, Any]
 Decision = tuple[Signals, Selection]
@@ -77,7 +77,7 @@ class StepPlan:
     counts: list[Tensor | None]
     widths: list[int | None]
     denominator: Tensor
-    normalize: str
+    normalize: Normalize
     decisions: list[Decision]
     seconds: float
     undefined: bool = False
@@ -149,8 +149,8 @@ class StepPlanner:
         score: Callable[[Batch, Sequence[str], Batch], Signals],
         *,
         candidates: int = 1,
-        scope: str = "global",
-        normalize: str = "tokens",
+        scope: Scope = "global",
+        normalize: Normalize = "tokens",
         pad_id: int = 0,
         device: torch.device | str = "cpu",
         count: Callable[[Batch], Tensor | None] = count_labels,
@@ -389,6 +389,6 @@ def _all_unscored(decisions: Sequence[Decision], needs: Sequence[str]) -> bool:
     return there and not any(bool((own & good).any()) for own, good in labelled)
 
 
-def _sum(parts: Iterable[tuple[Tensor, Tensor | None]], normalize: str) -> Tensor:
+def _sum(parts: Iterable[tuple[Tensor, Tensor | None]], normalize: Normalize) -> Tensor:
     sums = [total_weight(weights, counts, normalize) for weights, counts in parts]
     return torch.stack(sums).sum()

@@ -48,7 +48,7 @@ import torch
 from torch import Tensor
 
 from onlinesel.ledger import Ledger
-from onlinesel.types import Selection, Signals, State, Strategy
+from onlinesel.types import Normalize, Selection, Signals, State, Strategy
 from onlinesel.weights import uniform_draws
 
 __all__ = ["InfoBatch", "prune_weights"]
@@ -130,7 +130,7 @@ class InfoBatch(Strategy):
 
     needs: ClassVar[tuple[str, ...]] = ("ids",)
     observes: ClassVar[tuple[str, ...]] = ("loss",)
-    normalize: ClassVar[str] = "samples"
+    normalize: ClassVar[Normalize] = "samples"
 
     def __post_init__(self) -> None:
         if not 0 <= self.prune < 1:

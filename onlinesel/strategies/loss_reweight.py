@@ -45,7 +45,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from onlinesel.types import Selection, Signals, State, Strategy
+from onlinesel.types import Normalize, Selection, Signals, State, Strategy
 
 __all__ = ["LossReweight", "cap_weights", "loss_weights"]
 
@@ -168,7 +168,7 @@ class LossReweight(Strategy):
     min_rows: int = 8
 
     needs: ClassVar[tuple[str, ...]] = ("loss",)
-    normalize: ClassVar[str] = "samples"
+    normalize: ClassVar[Normalize] = "samples"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "quantiles", tuple(self.quantiles))
