@@ -25,15 +25,15 @@ from onlinesel.callbacks._shared.micro_batch import MicroBatch, needs_weighted_m
 from onlinesel.callbacks._shared.record import Record, optimizer_settings
 from onlinesel.callbacks._shared.replay import Replay
 from onlinesel.callbacks._shared.source import Score, StepSource
-from onlinesel.callbacks._shared.wrapping import restore_all, wrap
+from onlinesel.callbacks._shared.wrapping import restore_all
 from onlinesel.callbacks.lightning import data
+from onlinesel.callbacks.lightning.fit import go_on, wrap_fit
 from onlinesel.callbacks.lightning.run import (
     begin_epoch,
     causal_model,
     check_run,
     engine_of,
     gradient_factor,
-    move_progress,
     through_strategy,
 )
 from onlinesel.data.columns import as_columns
@@ -186,30 +186,7 @@ class OnlineSelection(Callback):
         if trainer is not self._trainer or trainer.global_step == 0:
             self._source, self._stream, self.step = self._make(), None, 0
         self._trainer = trainer
-        loader, strategy = trainer.fit_loop._data_source, trainer.strategy
-        give, move = loader.dataloader, strategy.batch_to_device
-        prepare, streams = pl_module._on_before_batch_transfer, []  # type: ignore[var-annotated]
-
-        # Functions and no methods of this object: a copy of the module must not copy the trainer.
-        def dataloader() -> Any:  # strategies ask for it as well
-            if not streams:
-                streams.append(self._streamed(give()))
-            return streams[0]
-
-        def on_before_batch_transfer(batch: Any, dataloader_idx: int = 0) -> Any:
-            return batch if isinstance(batch, data.Token) else prepare(batch, dataloader_idx)
-
-        def batch_to_device(batch: Any, *args: Any, **kwargs: Any) -> Any:
-            if isinstance(batch, data.Token):
-                return self._decided(batch, prepare, move)
-            return move(batch, *args, **kwargs)
-
-        for owner, methods in (
-            (loader, {"dataloader": dataloader}),
-            (strategy, {"batch_to_device": batch_to_device}),
-            (pl_module, {"_on_before_batch_transfer": on_before_batch_transfer}),
-        ):
-            self._before.append((owner, wrap(owner, methods)))
+        self._before = wrap_fit(trainer, pl_module, self._streamed, self._decided)
 
     def _restore(self) -> None:
         restore_all(self._before)
@@ -374,22 +351,8 @@ class OnlineSelection(Callback):
             self._loaded = state_dict
 
     def _resume(self, trainer: Any, state: dict[str, Any]) -> None:
-        """Continue where a checkpoint stands, in the trainer's own count of batches as well."""
-        stream, loop = self._stream, trainer.fit_loop.epoch_loop
-        assert stream is not None
+        """Continue where a checkpoint stands."""
+        assert self._stream is not None
         self._loaded = None
         self.step = self._source.load_state_dict(state["selection"])
-        size, reader = trainer.num_training_batches, stream.reader
-        behind = min(reader.behind(), size)
-        if state["over"] or not loop.restarting or behind == size:
-            reader.end_epoch()
-            if loop.restarting:
-                begin_epoch(trainer.fit_loop)
-        else:
-            ahead = stream.size - behind if reader.order is None else reader.ahead()
-            stream.standing = behind, ahead
-            if trainer.val_check_batch == size > behind + ahead:
-                self._val_check, trainer.val_check_batch = size, behind + ahead
-            move_progress(loop.batch_progress, behind)
-        if stream.begun:  # the trainer has fetched ahead, of the first epoch
-            iter(trainer.fit_loop._data_fetcher)
+        self._val_check = go_on(trainer, self._stream, state["over"])

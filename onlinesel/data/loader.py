@@ -12,7 +12,7 @@ is: its batches are joined into candidates, and a resumed run reads past those i
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cached_property
 from itertools import islice
@@ -21,30 +21,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onlinesel.data.batch import gather_rows, rows_in
+from onlinesel.data.candidates import Candidates, Joiner
 from onlinesel.data.collating import OrderWatch
-from onlinesel.data.columns import as_columns
 from onlinesel.data.datasets import DataFacts, check_size
 from onlinesel.data.fingerprint import rows_digest
 from onlinesel.data.order import Order, Thinned, own_order, torch_loader, window_rows
 from onlinesel.data.randomness import undisturbed
 from onlinesel.data.reading import (
-    Candidates,
     Cells,
     begin_workers,
     check_state,
     generator_states,
     generators_of,
-    identify,
-    named_column,
     numbered_parts,
-    refuse_column,
     set_generator_states,
     standing_in,
     tell_epoch,
-    told_apart,
 )
-from onlinesel.data.rows import GROUP, complete
 from onlinesel.parallel.agreement import smallest_over_ranks, stack_over_ranks
 from onlinesel.parallel.distributed import rank, world_size
 
@@ -102,7 +95,7 @@ class CandidateLoader:
     ) -> None:
         self.loader, self.candidates, self.seed = loader, candidates, seed
         self._accumulate = accumulate if callable(accumulate) else lambda: accumulate
-        self._ids, self._groups, self._pad_id, self._device = ids, groups, pad_id, device
+        self._hashed, self._device = ids == "hash", device
         self._base = torch_loader(loader)
         taken_over = own_order(self._base, seed, plan)
         if order is not None and taken_over is None:
@@ -111,18 +104,19 @@ class CandidateLoader:
                 f"a plain sampler where the order is planned, got {type(loader).__name__}. "
                 "Use shuffle=True and no sampler."
             )
-        self._thin, self._named = thin, False
+        self._thin = thin
         if taken_over is not None and order is None and thin is not None and ids == "auto":
             taken_over = Thinned(taken_over)
         self.order = order if order is not None else taken_over
-        self._domains: Tensor | None = getattr(self.order, "domains", None)
-        if self._domains is not None and self._base is not None:
+        domains: Tensor | None = getattr(self.order, "domains", None)
+        if domains is not None and self._base is not None:
             rows = len(self._base.dataset)  # type: ignore[arg-type]
-            if self._domains.shape[0] != rows:
+            if domains.shape[0] != rows:
                 raise ValueError(
                     "CandidateLoader: order must have a domain for each row of the dataset "
-                    f"({rows}), got {self._domains.shape[0]}. Number the domains of this dataset."
+                    f"({rows}), got {domains.shape[0]}. Number the domains of this dataset."
                 )
+        self._joiner = Joiner(ids, groups, pad_id, domains)
         # What the user said about batches; read now, because a stand-in takes its place later.
         self._batching: Any = None if self._base is None else self._base.batch_sampler
         self.epoch = self.position = 0
@@ -139,7 +133,6 @@ class CandidateLoader:
                 accumulate=self._accumulate(), drops_last=self._drops_last,
                 names=("candidates", "drop_last"),
             )  # fmt: skip
-        self._layout: dict[str, bool] = {}  # which lists in a batch have one entry a row
 
     # Size -----------------------------------------------------------------------------------
 
@@ -191,7 +184,7 @@ class CandidateLoader:
     @property
     def identity(self) -> str:
         """How rows are told apart, in words."""
-        return told_apart(self._ids, numbered=self._base is not None)
+        return self._joiner.told_apart(numbered=self._base is not None)
 
     @property
     def _drops_last(self) -> bool:
@@ -199,7 +192,7 @@ class CandidateLoader:
 
     def facts(self) -> dict[str, Any]:
         """Return what ranks must have in common to read equally many windows."""
-        facts: dict[str, Any] = {"accumulate": self._accumulate(), "groups": self._groups}
+        facts: dict[str, Any] = {"accumulate": self._accumulate(), "groups": self._joiner.groups}
         if self.order is not None:
             facts |= {"rows": len(self.order), "batch size": self._batching.batch_size}
             facts |= {"drop_last": self._drops_last, "order": type(self.order).__name__}
@@ -221,7 +214,7 @@ class CandidateLoader:
         self._costs.clear()
         self._check_data()
         if isinstance(self.order, Thinned) and self._thin is not None:
-            rows = 0 if self._named else len(self._base.dataset)  # type: ignore[arg-type, union-attr]
+            rows = 0 if self._joiner.named else len(self._base.dataset)  # type: ignore[arg-type, union-attr]
             self.order.kept = self._thin(rows, fresh=not resumed)
         windows = self._foreign if self.order is None else self._own_windows
         yield from windows(resumed)
@@ -257,7 +250,7 @@ class CandidateLoader:
             rows = min(left, whole)
             count = -(-rows // (self._size * ranks))
             self._costs.append(rows)
-            yield [self._candidates([pair]) for pair in islice(pairs, count)]
+            yield [self._joiner.join([pair]) for pair in islice(pairs, count)]
             left -= rows
 
     def _rows_of_this_rank(self) -> Iterator[list[int]]:
@@ -292,18 +285,19 @@ class CandidateLoader:
                 return
             self._costs.append(len(raw))
             parts = [raw[i : i + self.candidates] for i in range(0, len(raw), self.candidates)]
-            yield [self._candidates(part) for part in parts]
+            yield [self._joiner.join(part) for part in parts]
             if len(parts) < accumulate:
                 return
 
     def _begin_workers(self) -> None:
         """Let workers that persist begin before anything of the epoch is drawn."""
         if self._base is not None:
-            plain = self._ids == "hash"
-            self._workers = begin_workers(self._base, self._workers, self._watch, plain=plain)
+            self._workers = begin_workers(
+                self._base, self._workers, self._watch, plain=self._hashed
+            )
 
     def _batches(self) -> Iterator[tuple[Tensor | None, Any]]:
-        if self._base is None or self._ids == "hash":
+        if self._base is None or self._hashed:
             return ((None, batch) for batch in self.loader)
         return self._read(self.loader)
 
@@ -330,33 +324,6 @@ class CandidateLoader:
             self._workers = vars(base)["_iterator"]
         return (pair for part in (first, iterator) for pair in part)
 
-    def _candidates(self, pairs: Sequence[tuple[Tensor | None, Any]]) -> Candidates:
-        """Join batches into one of candidates, and find out who the rows are."""
-        known = (None if ids is None else len(ids) for ids, _ in pairs)
-        taken = [as_columns(b, n, self._layout) for (_, b), n in zip(pairs, known, strict=True)]
-        sizes = [rows_in(part.values, "CandidateLoader") for part in taken]
-        columns, rebuild = taken[0].values, taken[0].rebuild
-        if len(pairs) > 1:
-            places = [(m, r) for m, size in enumerate(sizes) for r in range(size)]
-            columns = gather_rows([part.values for part in taken], places, pad_id=self._pad_id)
-        columns = dict(columns)
-        numbered = [ids.cpu() for ids, _ in pairs if ids is not None]
-        numbers = torch.cat(numbered) if numbered else None
-        self._named |= self._ids != "hash" and named_column(self._ids) in columns
-        ids = identify(columns, numbers, self._ids)
-        names = [name for name in (self._groups, GROUP) if name in columns]
-        groups = complete("CandidateLoader", names[0], columns.pop(names[0])) if names else None
-        if self._domains is not None:
-            if ids is not numbers:
-                raise ValueError(
-                    "CandidateLoader: ids must be row numbers where an order draws by domain, got "
-                    f"others (ids={self._ids!r}). Use ids='auto' and no column sample_id."
-                )
-            groups = self._domains[ids.clamp(min=0)] if groups is None else groups
-        if self._groups is not None and groups is None:
-            refuse_column("groups", self._groups, columns)
-        return Candidates(columns, rebuild, ids, groups)
-
     # State ----------------------------------------------------------------------------------
 
     @cached_property
@@ -374,7 +341,7 @@ class CandidateLoader:
         over = self._over and not self._costs  # then the next epoch is what comes
         epoch, position = (self.epoch + 1, 0) if over else (self.epoch, self.position)
         state: dict[str, Any] = {"epoch": epoch, "position": position, "seed": self.seed}
-        state |= {"named": self._named} | ({"rows": self._digest} if self._digest else {})
+        state |= {"named": self._joiner.named} | ({"rows": self._digest} if self._digest else {})
         if self.order is None:
             state |= {"ranks": world_size(), "rng": None if over else self._rng}
         elif hasattr(self.order, "state_dict"):
@@ -392,7 +359,7 @@ class CandidateLoader:
         if "order" in state and self.order is not None:
             self.order.load_state_dict(state["order"])
         self.epoch, self.position = state["epoch"], state["position"]
-        self._rng, self._named = state.get("rng"), state.get("named", False)
+        self._rng, self._joiner.named = state.get("rng"), state.get("named", False)
         self._begun = self._resumed = self.position > 0 or self._rng is not None
         self._over = False
         self._costs.clear()

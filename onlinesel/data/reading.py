@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from onlinesel.data.collating import OrderWatch
 from onlinesel.data.fingerprint import same_rows
 from onlinesel.data.randomness import PROGRAM, program_state, set_program_state
-from onlinesel.data.rows import FILLER_ID, ROW_ID, complete, content_ids
+from onlinesel.data.rows import FILLER_ID
 from onlinesel.parallel.distributed import world_size
 
 __all__ = [
-    "Candidates",
     "Cells",
     "Numbered",
     "Paired",
@@ -27,32 +26,11 @@ __all__ = [
     "check_state",
     "generator_states",
     "generators_of",
-    "identify",
-    "named_column",
     "numbered_parts",
-    "refuse_column",
     "set_generator_states",
     "standing_in",
     "tell_epoch",
-    "told_apart",
 ]
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """One micro-batch of candidates.
-
-    Attributes:
-        columns: The batch's leaves by name.
-        rebuild: Puts leaves of these names into the structure that the loader gave.
-        ids: ``(N,)`` int64.
-        groups: ``(N,)`` int64 source or domain of each row, None if rows have none.
-    """
-
-    columns: dict[str, Any]
-    rebuild: Callable[[Any], Any]
-    ids: Tensor
-    groups: Tensor | None
 
 
 class Numbered(Dataset[Any]):
@@ -198,56 +176,6 @@ def begin_workers(base: DataLoader[Any], kept: Any, watch: OrderWatch, *, plain:
                 iter(base)
             batching.append(base.batch_sampler)
         return kept if plain else vars(base)["_iterator"]
-
-
-def told_apart(ids: str, *, numbered: bool) -> str:
-    """Return how rows are told apart, in words; ``numbered`` where a dataset numbers them."""
-    if ids not in ("auto", "hash"):
-        return f"the column {ids}"
-    if ids == "hash" or not numbered:
-        return "a hash of each row's content"
-    return "row numbers, or the column sample_id where there is one"
-
-
-def named_column(wanted: str) -> str:
-    """Return the column of ids that a reader looks for, by its ``ids``."""
-    return "sample_id" if wanted == "auto" else wanted
-
-
-def identify(columns: dict[str, Any], numbers: Tensor | None, wanted: str) -> Tensor:
-    """Return who the rows of a batch are: ``(N,)`` int64.
-
-    Args:
-        columns: The batch; a column of ids is taken out of it.
-        numbers: Numbers of the rows in their dataset, if they have any.
-        wanted: The reader's ``ids``.
-    """
-    name = named_column(wanted)
-    found = columns.pop(ROW_ID, None)
-    if wanted == "hash":
-        found = content_ids(columns)
-    elif name in columns:
-        found = columns.pop(name)
-    elif wanted != "auto":
-        refuse_column("ids", wanted, columns)
-    if found is None:
-        return content_ids(columns) if numbers is None else numbers
-    ids = complete("CandidateLoader", name, found).cpu()
-    if ids.is_floating_point():
-        raise TypeError(
-            f"CandidateLoader: ids must be integers, got {ids.dtype} in column {name!r}. "
-            "Carry ids as int64: floats lose integers above 2**24."
-        )
-    ids = ids.to(torch.int64)
-    return ids if numbers is None else torch.where(numbers == FILLER_ID, FILLER_ID, ids)
-
-
-def refuse_column(argument: str, name: str, columns: dict[str, Any]) -> NoReturn:
-    """Refuse the name of a column that the batch does not have."""
-    raise ValueError(
-        f"CandidateLoader: {argument} must be a column of the batch, got {name!r}. The columns are "
-        f"{', '.join(columns)}."
-    )
 
 
 def check_state(
