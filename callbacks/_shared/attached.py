@@ -65,7 +65,7 @@ class AttachedCallback(TrainerCallback):
             self._running = False
             self._end()
 
-    def _begin(self, checkpoint: str | None, trial: int | None) -> None:
+    def _begin(self, checkpoint: str | None, trial: int | None = None) -> None:
         """Make ready for a run, which goes on from a checkpoint or is a numbered trial."""
         raise NotImplementedError
 

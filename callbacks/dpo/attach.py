@@ -185,7 +185,7 @@ class PreferenceSelection(AttachedCallback):
         state = {"generator": self._generator.get_state()}
         save_selection(output_dir, state, self._facts(), rank=self._rank)
 
-    def _begin(self, checkpoint: str | None, trial: int | None) -> None:
+    def _begin(self, checkpoint: str | None, trial: int | None = None) -> None:
         self._generator.manual_seed(seed_of_rank(self.seed, self._rank))
         if checkpoint is None:
             return

@@ -315,7 +315,7 @@ class RolloutSelection(AttachedCallback):
             ),
         }
 
-    def _begin(self, checkpoint: str | None, trial: int | None) -> None:
+    def _begin(self, checkpoint: str | None, trial: int | None = None) -> None:
         if self._idle:
             return
         self.meter.step_began()  # embedding the prompts is part of what choosing costs

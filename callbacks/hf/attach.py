@@ -337,7 +337,7 @@ class OnlineSelection(AttachedCallback):
         }
         save_run(output_dir, self.selector, self._domains, facts, self._rank)
 
-    def _begin(self, checkpoint: str | None, trial: int | None) -> None:
+    def _begin(self, checkpoint: str | None, trial: int | None = None) -> None:
         seed = seed_of_rank(self.seed, self._rank)
         self.selector = Selector(self.selector.strategy, seed=seed)
         self._planner, self._trained, self._rows = None, TrainedLosses(), RowBatches()
