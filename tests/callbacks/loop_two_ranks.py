@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
 import onlinesel
-from onlinesel.callbacks import loop
+from onlinesel.callbacks.loop.iterate import _factor_of
 from onlinesel.kernels._shards import gathered
 from onlinesel.strategies import UDS, InfoBatch, LossReweight, SelectiveBackprop, TopLoss, Uniform
 from tests.callbacks.hosts import collate, make_rows
@@ -315,5 +315,5 @@ if __name__ == "__main__":
         zero(out, number)
     for engine in CHECKPOINTED:
         resume_from(out, engine)
-    assert loop._factor_of(torch.nn.parallel.DistributedDataParallel(make_model())) == 2.0
+    assert _factor_of(torch.nn.parallel.DistributedDataParallel(make_model())) == 2.0
     leave()

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import onlinesel
 from onlinesel import ClassificationScorer, PerGroup, Selection, Signals, Strategy
-from onlinesel.callbacks.loop.steps import _factor_of
+from onlinesel.callbacks.loop.iterate import _factor_of
 from onlinesel.data.order import shuffled_rows
 from onlinesel.mixing import ODM, DomainSampler, DoReMi, FixedMixture
 from onlinesel.strategies import (
