@@ -14,11 +14,12 @@ LANE = test -x $(1)/bin/python || $(PYTHON) -m venv $(1); \
 	$(1)/bin/python -m pip install --disable-pip-version-check --quiet $(2) --editable ".[dev]" && \
 	$(1)/bin/python -m pytest -p no:cacheprovider --numprocesses 2 --dist loadfile $(LANE_TESTS)
 
-.PHONY: help demo demo-grpo test test-lowest test-newest check results
+.PHONY: help demo demo-grpo docs test test-lowest test-newest check results
 
 help:
 	@echo "make demo   compare selection methods on a small model; leaves runs/demo/report.html (SEEDS=$(SEEDS))"
 	@echo "make demo-grpo  compare ways of choosing problems for GRPO; leaves runs/demo-grpo (SEEDS=$(SEEDS))"
+	@echo "make docs   build the documentation, into build/site"
 	@echo "make test   run every test"
 	@echo "make test-lowest  install the oldest versions allowed into .venv-lowest, and run the fast tests"
 	@echo "make test-newest  install the newest versions there are into .venv-newest, and run them"
@@ -34,6 +35,11 @@ demo-grpo: $(INSTALLED)
 	@echo "== GRPO demo: $(SEEDS) seed(s) on this machine's CPU, into runs/demo-grpo"
 	$(BIN)/python -m onlinesel.recipes.demo_grpo --seeds $(SEEDS) --output runs/demo-grpo
 	@echo "== Done. Open runs/demo-grpo/mixed/report.html and runs/demo-grpo/digits/report.html"
+
+# Not --quiet: warnings that are not shown are not counted. The variable silences the theme's notice.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "== Done. Open build/site/index.html"
 
 # Two processes, a file to one of them: files share what is costly to launch.
 test: $(INSTALLED)

@@ -1,4 +1,4 @@
-"""The wheel: everything in it, nothing else, and usable from another folder."""
+"""The archives: all is in the source, the packages alone in the wheel, usable from elsewhere."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -38,17 +39,40 @@ def run(*command: str | Path, cwd: Path, **extra: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build from a copy, so that leftovers of earlier builds cannot hide a missing file."""
-    source = tmp_path_factory.mktemp("source")
-    for name in (*FOLDERS, "tests"):
-        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-        shutil.copytree(ROOT / name, source / name, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    run("-m", "build", "--wheel", "--no-isolation", "--outdir", source / "dist", cwd=source)
-    (built,) = (source / "dist").glob("*.whl")
-    return built
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build from a copy, so that leftovers of earlier builds cannot hide a missing file.
+
+    The wheel is built of the source distribution, as an installer would.
+    """
+    source = tmp_path_factory.mktemp("source") / "copy"
+    ignored = shutil.ignore_patterns(
+        ".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "out"
+    )
+    shutil.copytree(ROOT, source, ignore=ignored, symlinks=True)
+    run("-m", "build", "--no-isolation", "--outdir", source / "dist", cwd=source)
+    return source / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (found,) = built.glob("*.whl")
+    return found
+
+
+def test_the_source_holds_what_builds_tests_and_documents_it(built: Path) -> None:
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        packed = {name.partition("/")[2] for name in opened.getnames()}
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("docs", "examples", "recipes", "tests")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    top = {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "mkdocs.yml",
+           "constraints.txt", "constraints-lowest.txt", "pyproject.toml"}  # fmt: skip
+    assert {"docs/sft.md", "examples/launch/zero3.json"} <= expected
+    assert sorted((expected | top) - packed) == []
 
 
 def test_it_holds_every_module_and_data_file_and_nothing_else(wheel: Path) -> None:
@@ -76,6 +100,13 @@ def test_its_metadata(wheel: Path) -> None:
     assert len(required) == 1 and required[0].startswith("Requires-Dist: torch")
     assert f"Version: {onlinesel.__version__}" in metadata
     assert "License-Expression: Apache-2.0" in metadata
+    assert "Description-Content-Type: text/markdown" in metadata
+    assert (
+        sum(
+            line.startswith("Classifier: Programming Language :: Python :: 3.") for line in metadata
+        )
+        == 3
+    )
     assert "onlinesel = onlinesel.cli:main" in scripts
 
 
