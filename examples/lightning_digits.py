@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from onlinesel import ClassificationScorer, weighted_mean
-from onlinesel.callbacks.lightning import OnlineSelection
+from onlinesel.callbacks.lightning import LightningSelection
 from onlinesel.strategies import GradNorm, InfoBatch, SelectiveBackprop, Uniform
 
 METHODS = {Uniform(): 1, SelectiveBackprop(): 4, InfoBatch(): 1, GradNorm(): 4}  # candidates
@@ -46,7 +46,7 @@ if __name__ == "__main__":
         found: dict[str, list[float]] = {"right": [], "wrong": [], "rows": [], "forwards": []}
         for name, seed in [(name, seed) for name in ("right", "wrong") for seed in range(3)]:
             torch.manual_seed(seed)
-            selection = OnlineSelection(strategy, candidates=candidates, seed=seed, score=score)
+            selection = LightningSelection(strategy, candidates=candidates, seed=seed, score=score)
             trainer = Trainer(max_steps=100, barebones=True, callbacks=[selection])
             rows = TensorDataset(inputs[:1300], (right if name == "right" else wrong)[:1300])
             trainer.fit(module := Digits(), DataLoader(rows, batch_size=16, shuffle=True))

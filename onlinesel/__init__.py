@@ -11,7 +11,7 @@ from onlinesel.quotas import PerGroup
 from onlinesel.scoring.classification import ClassificationScorer
 from onlinesel.selector import Selector
 from onlinesel.types import Scorer, Selection, Signals, State, Strategy
-from onlinesel.weights import token_losses, weighted_mean
+from onlinesel.weights import draw_rows, token_losses, top_rows, uniform_draws, weighted_mean
 
 # Public modules that moved are found here under their old names, with a warning.
 __path__.append(f"{__path__[0]}/_moved")
@@ -30,8 +30,11 @@ __all__ = [
     "State",
     "Strategy",
     "When",
+    "draw_rows",
     "steps",
     "token_losses",
+    "top_rows",
+    "uniform_draws",
     "weighted_mean",
 ]
 

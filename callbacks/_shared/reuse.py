@@ -31,8 +31,8 @@ from onlinesel.callbacks._shared.trainers import is_zero3
 from onlinesel.data.batch import rows_in
 from onlinesel.data.padding import token_width
 from onlinesel.parallel.distributed import rank
+from onlinesel.scoring.own import Score
 from onlinesel.step import StepPlan
-from onlinesel.types import Scorer
 
 try:
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -307,7 +307,7 @@ def _check_call(layer: nn.Module, inputs: tuple[Any, ...], output: Any, source: 
 
 
 def reuse_in_trainer(
-    trainer: Any, wanted: bool, limit: float | None, *, shadow: bool, scorer: Scorer | None
+    trainer: Any, wanted: bool, limit: float | None, *, shadow: bool, score: Score | None
 ) -> ReusedForward | None:
     """Return what reuses the scoring forward of transformers' Trainer, None if not wanted.
 
@@ -316,7 +316,7 @@ def reuse_in_trainer(
         wanted: Whether it is asked for.
         limit: GiB that may be held on this rank, or None.
         shadow: Whether nothing is to change.
-        scorer: What replaces the default scorer.
+        score: What replaces the default scorer.
 
     Raises:
         ValueError: The scoring forward is not the training forward here.
@@ -337,7 +337,7 @@ def reuse_in_trainer(
         (getattr(args, "activation_offloading", False), "activation_offloading", "off", True,
          "Bound what is held by reuse_limit."),
         (shadow, "shadow", "off", True, "Leave one of the two out: nothing would be reused."),
-        (scorer is not None, "scorer", "None", type(scorer).__name__, SCORER),
+        (score is not None, "score", "None", type(score).__name__, SCORER),
     ):  # fmt: skip
         if bad:
             refuse(argument, rule, got, remedy)

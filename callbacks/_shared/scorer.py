@@ -8,20 +8,18 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from onlinesel.data.batch import is_causal
 from onlinesel.scoring import CausalLMScorer, evaluating, unwrap
 from onlinesel.scoring.loss_probe import LossFacts, Probe, differs
+from onlinesel.scoring.own import Score, as_signals
 from onlinesel.types import Signals, Strategy
 
 if TYPE_CHECKING:
     from onlinesel.callbacks._shared.reuse import ReusedForward
 
-__all__ = ["RowScorer", "Score"]
-
-Score = Callable[[Any, Any], Signals | Tensor]
-"""``(model, batch) -> Signals``, or the ``(N,)`` losses of the rows."""
+__all__ = ["RowScorer"]
 
 
 class RowScorer:
@@ -110,14 +108,7 @@ class RowScorer:
         assert score is not None
         with evaluating(self.model):
             found = self.call(lambda model: score(model, rebuilt), self.model)
-        if isinstance(found, Signals):
-            return found
-        if found.dim() != 1:
-            self.refuse(
-                "score", "a function that gives one loss a row", f"shape {tuple(found.shape)}",
-                "Reduce each row first: .mean(dim=1).",
-            )  # fmt: skip
-        return Signals(loss=found)
+        return as_signals(found, self.refuse)
 
     def check_loss(self, probe: Probe, facts: LossFacts | None) -> None:
         """Refuse a model that computes another loss than the default scorer sees."""

@@ -17,7 +17,7 @@ from onlinesel.callbacks._shared.micro_batch import MicroBatch
 from onlinesel.callbacks._shared.record import model_settings
 from onlinesel.callbacks._shared.replay import HELD, SCORER, check_limit
 from onlinesel.callbacks._shared.replay import refuse as refuse_reuse
-from onlinesel.callbacks._shared.scorer import RowScorer, Score
+from onlinesel.callbacks._shared.scorer import RowScorer
 from onlinesel.data.columns import map_tensors
 from onlinesel.data.loader import CandidateLoader, Candidates
 from onlinesel.data.rows import FILLER_ID
@@ -28,6 +28,7 @@ from onlinesel.parallel.agreement import (
     check_settings,
 )
 from onlinesel.parallel.distributed import gather_signals, rank, world_size
+from onlinesel.scoring.own import Score
 from onlinesel.selector import Selector
 from onlinesel.step import StepPlan, StepPlanner
 from onlinesel.types import Normalize, Scope, Signals, Strategy

@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onlinesel._base.arguments import OF_OTHER_HOSTS, spelled
 from onlinesel.callbacks._shared.announce import opening
 from onlinesel.callbacks._shared.meter import StepMeter
 from onlinesel.callbacks._shared.replay import HELD, Replay
 from onlinesel.callbacks._shared.trainers import is_zero3, seed_of
-from onlinesel.callbacks.hf.checks import check_ranks, check_trainer, is_sft
+from onlinesel.callbacks.hf.checks import check_ranks, check_trainer, is_sft, refuse
 from onlinesel.callbacks.hf.columns import carried_columns, domain_sampler
 from onlinesel.callbacks.hf.fused import FusedHeadScorer
 from onlinesel.callbacks.hf.loss import (
@@ -45,9 +46,10 @@ from onlinesel.mixing import Mixture
 from onlinesel.parallel.agreement import check_arguments, check_candidates
 from onlinesel.report.runlog import RunLog
 from onlinesel.scoring import CausalLMScorer, evaluating
+from onlinesel.scoring.own import Score, as_signals
 from onlinesel.selector import Selector
 from onlinesel.step import StepPlanner
-from onlinesel.types import Normalize, Scope, Scorer, Signals, Strategy
+from onlinesel.types import Normalize, Scope, Signals, Strategy
 
 try:
     from onlinesel.callbacks._shared.attached import AttachedCallback, seed_of_rank
@@ -102,8 +104,8 @@ class OnlineSelection(AttachedCallback):
             within groups and for ``mixture``.
         mixture: Draws the candidates by domain, in proportions that may follow the losses; it
             replaces the trainer's shuffling.
-        scorer: Replaces the default scorer: ``(model, batch) -> Signals``, called in eval mode
-            without gradient.
+        score: ``(model, batch) -> Signals``, or the ``(N,)`` losses of the rows, called in eval
+            mode without gradient. By default the scorer of causal language models.
         record: Folder (or an open :class:`onlinesel.report.runlog.RunLog`) in which every decision
             is written down for ``onlinesel report``. One that holds another run is refused.
         reuse_forward: Let the scoring forward be the training forward as well, for models with
@@ -111,10 +113,9 @@ class OnlineSelection(AttachedCallback):
             candidates of the step on this rank, ``layers * rows * tokens * width`` numbers, until
             it is decided, and for the rows that train until their backward. Rows that come from
             another rank are forwarded again.
-        reuse_limit: GiB that may be held at most on each rank; what does not fit is forwarded
-            again. None for no bound.
-        log_all: Log every number about the decisions; by default the kept share, the share of the
-            step, the mean score of the rows kept and, where there are any, non-finite rows.
+        reuse_limit: GiB to hold at most on each rank; the rest is forwarded again. None: no bound.
+        log_all: Log every number about the decisions, not the kept share, the share of the step,
+            the mean score of the rows kept and rows that are not finite alone.
 
     Raises:
         ValueError: The arguments, the trainer or its settings cannot give exact selection, or
@@ -136,6 +137,7 @@ class OnlineSelection(AttachedCallback):
     _instead = "Use When(..., stop=step) to end the selection within a run."
     _planner: StepPlanner | None = None
 
+    @spelled("OnlineSelection", old={"scorer": "score"}, elsewhere=OF_OTHER_HOSTS)
     def __init__(
         self,
         trainer: Any,
@@ -150,7 +152,7 @@ class OnlineSelection(AttachedCallback):
         reference: nn.Module | str | None = None,
         groups: str | None = None,
         mixture: Mixture | None = None,
-        scorer: Scorer | None = None,
+        score: Score | None = None,
         record: str | Path | RunLog | None = None,
         reuse_forward: bool = False,
         reuse_limit: float | None = None,
@@ -168,10 +170,10 @@ class OnlineSelection(AttachedCallback):
         check_arguments("OnlineSelection", candidates, scope, self.normalize)
         check_trainer(
             trainer, strategy, candidates=candidates, shadow=shadow, reference=reference,
-            weighs=self.normalize != "tokens" or self._observing, groups=groups, scorer=scorer,
+            weighs=self.normalize != "tokens" or self._observing, groups=groups, score=score,
         )  # fmt: skip
         self._reuse = reuse_in_trainer(
-            trainer, reuse_forward, reuse_limit, shadow=shadow, scorer=scorer
+            trainer, reuse_forward, reuse_limit, shadow=shadow, score=score
         )
         self.trainer, self.candidates, self.scope = trainer, candidates, scope
         self.seed, self.shadow, self.ids = seed, shadow, ids
@@ -187,7 +189,7 @@ class OnlineSelection(AttachedCallback):
         )  # fmt: skip
         apart = is_sft(trainer) and is_zero3(trainer)
         needs = [name for name in strategy.needs if name != "group"]  # which rides in the batch
-        self._scorer = scorer or (FusedHeadScorer if apart else CausalLMScorer)(
+        self._scorer = score or (FusedHeadScorer if apart else CausalLMScorer)(
             needs, reference=reference, **strategy.scorer_options
         )
         self._meter = StepMeter(record, partial(record_facts, self), log_all=log_all, shadow=shadow)
@@ -274,7 +276,7 @@ class OnlineSelection(AttachedCallback):
                 more = {"core": trainer.model, "needs": needs, "around": held, "hosted": hosted}
                 return self._scorer(trainer.model_wrapped, batch, **more)
             with evaluating(trainer.model_wrapped):
-                return self._scorer(trainer.model_wrapped, batch)
+                return as_signals(self._scorer(trainer.model_wrapped, batch), refuse)
 
     def _on_compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any

@@ -61,7 +61,7 @@ def check_trainer(
     candidates: int,
     weighs: bool,
     shadow: bool,
-    scorer: Any,
+    score: Any,
     reference: nn.Module | str | None,
     groups: str | None,
 ) -> None:
@@ -101,9 +101,9 @@ def check_trainer(
             refuse(argument, rule, got, remedy)
     _check_data(trainer, strategy, candidates, shadow)
     warn_slow_bfloat16("OnlineSelection", args)
-    if scorer is None:
+    if score is None:
         _check_model(trainer, strategy, reference, groups)
-    check_scorer("OnlineSelection", "scorer", strategy, scorer)
+    check_scorer("OnlineSelection", "score", strategy, score)
 
 
 def _check_kind(trainer: Any) -> None:
@@ -189,7 +189,7 @@ def _check_model(
     if needs and head is None:
         refuse(
             "model", "a causal language model with an LM head", type(trainer.model).__name__,
-            f"{type(strategy).__name__} needs {', '.join(needs)}; pass scorer= for other models.",
+            f"{type(strategy).__name__} needs {', '.join(needs)}; pass score= for other models.",
         )  # fmt: skip
     if "reference_loss" in needs and reference is None:
         refuse(

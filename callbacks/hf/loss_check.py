@@ -87,10 +87,10 @@ class LossCheck:
         scored = float(signals.loss)
         if differs(scored, value):
             refuse(
-                "scorer", f"given for {type(trainer.model).__name__}, whose loss of a token is "
+                "score", f"given for {type(trainer.model).__name__}, whose loss of a token is "
                 f"{value:.3f}", f"the default scorer, which finds {scored:.3f}",
                 "The model changes its logits after the LM head in a way that is not known here: "
-                "pass scorer=, a function (model, batch) -> Signals.",
+                "pass score=, a function (model, batch) -> Signals.",
             )  # fmt: skip
 
     def _overridden(self) -> bool:

@@ -6,8 +6,9 @@ engine, what it divides by. Candidates and plans come
 from what plain loops use as well, ``onlinesel.callbacks._shared.source``.
 """
 
-from onlinesel.callbacks.lightning.attach import OnlineSelection
+from onlinesel.callbacks.lightning.attach import LightningSelection, OnlineSelection
 
 __all__ = [
+    "LightningSelection",
     "OnlineSelection",
 ]

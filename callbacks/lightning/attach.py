@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import nn
 
+from onlinesel._base.arguments import OF_THE_TRAINER, spelled
 from onlinesel.callbacks._shared.micro_batch import MicroBatch, needs_weighted_mean
 from onlinesel.callbacks._shared.record import Record, optimizer_settings
 from onlinesel.callbacks._shared.replay import Replay
@@ -51,10 +52,10 @@ except ImportError as error:
         'onlinesel.callbacks.lightning needs lightning: pip install "onlinesel[lightning]".'
     ) from error
 
-__all__ = ["OnlineSelection"]
+__all__ = ["LightningSelection", "OnlineSelection"]
 
 
-class OnlineSelection(Callback):
+class LightningSelection(Callback):
     """Choose and weigh the rows of every optimizer step.
 
     ``training_step`` returns ``onlinesel.weighted_mean(losses)`` of one loss per row or, with
@@ -114,13 +115,14 @@ class OnlineSelection(Callback):
         ...         return torch.optim.SGD(self.parameters(), lr=0.1)
         >>> rows = [(torch.ones(2) * i, i % 3) for i in range(16)]
         >>> score = onlinesel.ClassificationScorer()
-        >>> selection = OnlineSelection(TopLoss(), candidates=2, score=score)
+        >>> selection = LightningSelection(TopLoss(), candidates=2, score=score)
         >>> trainer = Trainer(barebones=True, max_epochs=1, callbacks=[selection])
         >>> trainer.fit(Classifier(), torch.utils.data.DataLoader(rows, batch_size=2))
         >>> selection.step, selection.selector.metrics()["kept_share"]
         (4, 0.5)
     """
 
+    @spelled("LightningSelection", elsewhere=OF_THE_TRAINER)
     def __init__(
         self,
         strategy: Strategy | Selector,
@@ -141,7 +143,7 @@ class OnlineSelection(Callback):
         log_all: bool = False,
     ) -> None:
         self._make = partial(
-            StepSource, "OnlineSelection", strategy, candidates=candidates, scope=scope,
+            StepSource, "LightningSelection", strategy, candidates=candidates, scope=scope,
             normalize=normalize, seed=seed, score=score, ids=ids, groups=groups, order=order,
             reference=reference, record=Record(record), reuse_forward=reuse_forward,
             reuse_limit=reuse_limit, log_all=log_all,
@@ -210,7 +212,7 @@ class OnlineSelection(Callback):
         elif loop.restarting and loop.batch_progress.current.ready:
             if not self._over():
                 data.refuse(
-                    "checkpoint", "one of a run with OnlineSelection, or of an epoch's end",
+                    "checkpoint", "one of a run with LightningSelection, or of an epoch's end",
                     trainer.ckpt_path, "Begin without ckpt_path: which rows it had trained in "
                     "this epoch is not known.",
                 )  # fmt: skip
@@ -356,3 +358,6 @@ class OnlineSelection(Callback):
         self._loaded = None
         self.step = self._source.load_state_dict(state["selection"])
         self._val_check = go_on(trainer, self._stream, state["over"])
+
+
+OnlineSelection = LightningSelection  # its first name, which is that of the Trainer's as well

@@ -26,7 +26,7 @@ __all__ = ["Stream", "Token", "Window", "check_loader", "check_window", "follow"
 
 def refuse(argument: str, rule: str, got: object, remedy: str) -> NoReturn:
     """Raise the designed error of the callback."""
-    raise ValueError(f"OnlineSelection: {argument} must be {rule}, got {got}. {remedy}")
+    raise ValueError(f"LightningSelection: {argument} must be {rule}, got {got}. {remedy}")
 
 
 class Window:
@@ -200,7 +200,7 @@ def follow(reader: CandidateLoader, before: Stream | None) -> CandidateLoader:
         if found is not None:
             refuse(
                 "train_dataloader", "over the dataset of this trainer's fit before", found,
-                "Rows are known by their number: make a new Trainer with a new OnlineSelection.",
+                "Rows are known by their number: make a new Trainer with a new LightningSelection.",
             )  # fmt: skip
     reader.load_state_dict(before.reader.state_dict())
     reader.end_epoch()

@@ -30,7 +30,7 @@ _STAGES = ("ready", "started", "processed", "completed")
 
 def check_run(trainer: Any, module: Any, accumulate: int | None) -> None:
     """Refuse runs whose gradient would not be the one that is promised."""
-    check_version("OnlineSelection", "lightning", "lightning")
+    check_version("LightningSelection", "lightning", "lightning")
     automatic = module.automatic_optimization
     replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size)
     step = inspect.signature(module.training_step).parameters
@@ -52,7 +52,7 @@ def check_run(trainer: Any, module: Any, accumulate: int | None) -> None:
          f"{type(trainer.strategy).__name__} with {replicas} replicas on {trainer.world_size} "
          f"ranks and a process group of {world_size()}",
          "Use data parallelism alone (DDP, FSDP, DeepSpeed)."),
-        (wrapped, "trainer", "without another OnlineSelection", "one that has it already",
+        (wrapped, "trainer", "without another LightningSelection", "one that has it already",
          "Combine methods with Chain, in one callback."),
     ):  # fmt: skip
         if bad:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from onlinesel._base.arguments import OF_THE_TRAINER, spelled
 from onlinesel.callbacks._shared.micro_batch import MicroBatch, needs_weighted_mean
 from onlinesel.callbacks._shared.source import Score, StepSource
 from onlinesel.parallel.distributed import rank, sum_over_ranks, world_size
@@ -147,6 +148,7 @@ class Steps:
         (3, 0.5)
     """
 
+    @spelled("steps", elsewhere=OF_THE_TRAINER)
     def __init__(
         self,
         loader: Any,

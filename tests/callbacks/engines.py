@@ -54,7 +54,7 @@ def scenarios() -> dict[str, dict[str, Any]]:
         },
         "uds": {"strategy": UDS(), "candidates": 3, **twice},
         "one-rank-empty": {"strategy": KeepIds((44,)), "candidates": 2, **thrice},
-        "one-rank-nan": {**subset, "scorer": poisoned(1)},
+        "one-rank-nan": {**subset, "score": poisoned(1)},
         "nothing-kept": {"strategy": KeepIds(()), "candidates": 2},
     }
 

@@ -82,7 +82,7 @@ def test_a_scorer_that_fails_is_seen_and_moves_nothing(tmp_path: Path) -> None:
         lost = len(calls) == 2
         return Signals(loss=torch.full((calls[-1],), math.nan if lost else 1.0))
 
-    attach(trainer, TopLoss(), candidates=2, scorer=score)
+    attach(trainer, TopLoss(), candidates=2, score=score)
     moved = [parameters(trainer.model)]
     end = trainer.training_step
 
@@ -102,7 +102,7 @@ def test_a_scorer_that_fails_is_seen_and_moves_nothing(tmp_path: Path) -> None:
 def test_shadow_shows_the_trainers_own_loss(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     lost = lambda model, batch: Signals(loss=torch.full((2,), math.nan))  # noqa: E731
-    attach(trainer, TopLoss(), candidates=2, shadow=True, scorer=lost)
+    attach(trainer, TopLoss(), candidates=2, shadow=True, score=lost)
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["loss"])
 

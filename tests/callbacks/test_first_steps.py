@@ -138,10 +138,10 @@ def test_methods_that_a_classification_scorer_cannot_serve(
     loader = DataLoader(classified(), batch_size=4)
     with pytest.raises(ValueError, match=f"steps: score {message}"):
         onlinesel.steps(loader, Classifier(), strategy, candidates=2, score=SCORER)
-    with pytest.raises(ValueError, match=f"OnlineSelection: score {message}"):
+    with pytest.raises(ValueError, match=f"LightningSelection: score {message}"):
         LightningSelection(strategy, candidates=2, score=SCORER)
-    with pytest.raises(ValueError, match=f"OnlineSelection: scorer {message}"):
-        OnlineSelection(make_trainer(tmp_path), strategy, candidates=2, scorer=SCORER)
+    with pytest.raises(ValueError, match=f"OnlineSelection: score {message}"):
+        OnlineSelection(make_trainer(tmp_path), strategy, candidates=2, score=SCORER)
     onlinesel.steps(loader, Classifier(), TopLoss(), candidates=2, score=SCORER)
 
 

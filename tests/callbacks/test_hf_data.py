@@ -303,7 +303,7 @@ def test_a_scorer_of_ones_own_runs_in_eval_mode_without_gradient(tmp_path: Path)
         return Signals(loss=batch["input_ids"].float().mean(dim=1))
 
     trainer = make_trainer(tmp_path)
-    attach(trainer, TopLoss(), candidates=2, scorer=score)
+    attach(trainer, TopLoss(), candidates=2, score=score)
     trainer.train()
     assert seen == [(False, False)] and trainer.model.training
 

@@ -163,7 +163,7 @@ def scaled() -> Any:
 def test_scores_are_those_of_the_models_own_loss(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, model=scaled(), remove_unused_columns=False)
     attach(trainer, TopLoss(), candidates=2)
-    with pytest.raises(ValueError, match="scorer must be given for Scaled, whose loss of a token"):
+    with pytest.raises(ValueError, match="score must be given for Scaled, whose loss of a token"):
         trainer.train()
     free = make_trainer(tmp_path, model=scaled(), remove_unused_columns=False)
     attach(free, Uniform())

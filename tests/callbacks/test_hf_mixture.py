@@ -189,7 +189,7 @@ def test_signals_of_a_scorer_of_ones_own_meet_groups(tmp_path: Path) -> None:
 
     trainer = make_trainer(tmp_path, rows=rows())
     attach(
-        trainer, PerGroup(TopLoss()), candidates=4, groups="domain", scorer=score,
+        trainer, PerGroup(TopLoss()), candidates=4, groups="domain", score=score,
         record=tmp_path / "record",
     )  # fmt: skip
     trainer.train()

@@ -55,7 +55,7 @@ def refused(
     names = set(vars(module)) | {"_hparams"}
     with (
         planned() as plans,
-        pytest.raises(ValueError, match=f"^(OnlineSelection|CandidateLoader): {message}"),
+        pytest.raises(ValueError, match=f"^(LightningSelection|CandidateLoader): {message}"),
     ):
         make_trainer(callback, **options).fit(module, loader() if batches is None else batches)
     assert plans == [] and not set(vars(module)) - names
@@ -70,7 +70,7 @@ def refused(
     ],
 )
 def test_arguments_are_checked_when_it_is_made(arguments: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=f"OnlineSelection: {message}"):
+    with pytest.raises(ValueError, match=f"LightningSelection: {message}"):
         OnlineSelection(TopLoss(), **arguments)
 
 

@@ -192,7 +192,7 @@ def test_a_sampler_that_shards_is_left_as_it_is(folder: Path) -> None:
 def test_what_ranks_cannot_share_is_refused_on_all(folder: Path, name: str, message: str) -> None:
     for rank in (0, 1):
         text = (folder / f"{name}-{rank}.txt").read_text()
-        assert text.startswith("OnlineSelection: ") and message in text
+        assert text.startswith("LightningSelection: ") and message in text
 
 
 # Resuming -----------------------------------------------------------------------------------

@@ -265,7 +265,7 @@ def test_saving_after_the_fit_and_validating_from_a_checkpoint(tmp_path: Path) -
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     run(SelectiveBackprop(), shuffled, SaveAt(path, 6))
-    with pytest.raises(ValueError, match="OnlineSelection: strategy must be the checkpoint's"):
+    with pytest.raises(ValueError, match="LightningSelection: strategy must be the checkpoint's"):
         run(TopLoss(), shuffled, path=path)
 
 

@@ -80,7 +80,7 @@ def scorer(model: Any, batch: Any) -> Signals:
         ({"model": router()}, {}, "output_router_logits must be off, got True"),
         ({"neftune_noise_alpha": 5.0}, {}, "neftune_noise_alpha must be None, got 5.0"),
         ({}, {"shadow": True}, "shadow must be off, got True"),
-        ({}, {"scorer": scorer}, "scorer must be None, got function"),
+        ({}, {"score": scorer}, "score must be None, got function"),
         ({}, {"reuse_limit": 0.0}, "reuse_limit must be positive, and None without"),
         (
             {},

@@ -85,7 +85,7 @@ def test_the_steps_of_an_epoch_are_those_that_the_trainer_counts(
         (TopLoss(), {"candidates": 4, "shadow": True}, "TopLoss would train 1 in 4 rows, and all "
          "of them train (shadow); an epoch has 24 steps, as without; ids: row numbers; scoring is "
          "about 25 % of the work of a step"),
-        (TopLoss(), {"candidates": 4, "scorer": lambda model, batch: Signals(
+        (TopLoss(), {"candidates": 4, "score": lambda model, batch: Signals(
             loss=batch["input_ids"].float().mean(dim=1))},
          "TopLoss trains 2 of 8 candidate rows a step; an epoch has 6 steps instead of 24; ids: "
          "row numbers; scoring is about 57 % of the work of a step, if your scorer is one forward"),
@@ -260,7 +260,7 @@ def test_rows_without_a_finite_score_are_in_the_last_line_and_in_the_log(
         return Signals(loss=loss.index_fill(0, torch.tensor([0]), math.nan))
 
     trainer = make_trainer(tmp_path, max_steps=2)
-    attach(trainer, TopLoss(), candidates=4, scorer=scorer)
+    attach(trainer, TopLoss(), candidates=4, score=scorer)
     trainer.train()
     assert said()[1].endswith("; 2 rows had a score that is not finite")
     assert [log.get("selection/nonfinite") for log in trainer.state.log_history] == [1.0, 1.0, None]

@@ -78,8 +78,8 @@ def scenarios() -> dict[str, dict[str, Any]]:
         "observing": {"strategy": InfoBatch(), **accumulate},
         "one-rank-empty": {"strategy": KeepIds((44,)), **accumulate, "candidates": 2},
         "nothing-kept": {"strategy": KeepIds(()), "candidates": 2},
-        "one-rank-nan": {**subset, "scorer": poisoned(1)},
-        "all-nan": {**subset, "scorer": poisoned(None)},
+        "one-rank-nan": {**subset, "score": poisoned(1)},
+        "all-nan": {**subset, "score": poisoned(None)},
         "uniform": {"strategy": Uniform()},
     }
 
