@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -23,7 +23,7 @@ __all__ = ["check_loader", "check_ranks", "check_trainer", "is_sft", "refuse"]
 _LOAD = "AutoModelForCausalLM.from_pretrained(...)"
 
 
-def refuse(argument: str, rule: str, got: object, remedy: str) -> None:
+def refuse(argument: str, rule: str, got: object, remedy: str) -> NoReturn:
     """Raise the designed error of the callback."""
     raise ValueError(f"OnlineSelection: {argument} must be {rule}, got {got}. {remedy}")
 
