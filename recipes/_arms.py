@@ -84,13 +84,14 @@ class Result:
 class Record(RunLog):
     """A run directory that also remembers the cost and the loss of the run so far."""
 
-    steps = 0
+    steps = candidates = 0
     cpu_seconds = 0.0
     loss = float("nan")
 
     def step(self, **facts: Any) -> None:
         """Append one optimizer step."""
         self.steps, self.cpu_seconds = facts["step"], facts["cpu_seconds"]
+        self.candidates = facts["candidates"]
         super().step(**facts)
 
     def evaluation(self, **facts: Any) -> None:
@@ -150,22 +151,27 @@ def run_job(job: Job, tell: Callable[[float], None] = lambda share: None) -> Res
     start, arm = load_start(Path(job.start)), ARMS[job.arm]
     begin_run(job.seed)
     with Record(job.folder) as record:
-        record.start(
-            name=job.arm,
-            strategy=repr(arm.strategy),
-            candidates=arm.candidates,
-            scope="global",
-            seed=job.seed,
-            budget=job.budget,
-            amount=job.amount,
-            clock="cpu",
-            recipe="demo",
-        )
+        facts: dict[str, Any] = {
+            "name": job.arm,
+            "strategy": repr(arm.strategy),
+            "candidates": arm.candidates,
+            "scope": "global",
+            "seed": job.seed,
+            "budget": job.budget,
+            "amount": job.amount,
+            "clock": "cpu",
+            "recipe": "demo",
+        }
+        record.start(**facts)
         record.rows(_pool_rows(start))
         # The same for all: the warm model before its first step.
         loss = start.facts["held_out_loss"]
         record.evaluation(step=0, seconds=0.0, cpu_seconds=0.0, rows=0, loss=loss)
         _trainer(job, arm, start, record, tell).train()
+        if arm.reference:  # what the reference of the rows that were looked at took beforehand
+            share = min(record.candidates / len(start.pool), 1.0)
+            spent = share * float(start.facts["reference_cpu_seconds"])
+            record.start(**facts, reference=f"column {arm.reference}", reference_seconds=spent)
         return Result(record.steps, record.cpu_seconds, record.loss)
 
 

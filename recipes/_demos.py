@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from onlinesel.report import Run, read_run
-from onlinesel.report.figures import headline_png
+from onlinesel.report.curves import headline_png
 from onlinesel.report.page import table_markdown, write_report
+from onlinesel.report.paid import judged
 
 __all__ = ["add_common", "check_amounts", "run_command", "write_up"]
 
@@ -39,14 +40,14 @@ def write_up(
     notes: Callable[[Sequence[Run]], str],
     **picture: Any,
 ) -> Path:
-    """Write page, picture and table about some runs, and print the table.
+    """Write page, picture and table about some runs, and print the table, what paid first.
 
     Args:
         output: Folder of the three.
         folders: The run directories.
         title: Of the page.
         notes: Says what stands below the table.
-        **picture: Of :func:`onlinesel.report.figures.headline_png`.
+        **picture: Of :func:`onlinesel.report.curves.headline_png`.
 
     Returns:
         The page.
@@ -54,7 +55,8 @@ def write_up(
     runs = [read_run(folder) for folder in folders]
     page = write_report(folders, output / "report.html", title=title)
     drawn = headline_png(runs, output / "headline.png", **picture)
-    table = f"{table_markdown(runs)}\n\n{notes(runs)}"
+    paid = "\n".join(f"- {verdict}" for verdict in judged(runs))
+    table = f"{paid}\n\n{table_markdown(runs)}\n\n{notes(runs)}"
     (output / "table.md").write_text(table + "\n", "utf-8")
     print(f"\n{title}\n\n{table}\n\nPicture: {drawn}\nReport:  {page}\n", flush=True)
     return page

@@ -6,9 +6,10 @@ What it does: a small Llama is warmed up on the sources of Python's standard lib
 fine-tuned on other files of it, of whose rows half are corrupted (the tokens after the 32nd
 shuffled). Uniform training of 8 rows, full batches of 32, UDS, RHO-Loss and top loss (each 8 rows
 out of 32) are compared by held-out loss, once at equal CPU time and once at equal optimizer steps.
-Every run is a plain Hugging Face ``Trainer`` with ``OnlineSelection``. It ends with a table and
-one page, ``report.html``. The corpus and the warm model are kept in ``start/`` of the output
-folder for the next time; ``--fresh`` makes them again.
+Every run is a plain Hugging Face ``Trainer`` with ``OnlineSelection``. It ends with what paid, a
+table, a figure of both budgets, ``headline.png`` (equal time over CPU seconds, equal steps over
+steps), and one page, ``report.html``. The corpus and the warm model are kept in ``start/`` of the
+output folder for the next time; ``--fresh`` makes them again.
 
 Measured (``SEEDS=5 make demo``, 2 CPU cores (AMD EPYC), one thread a run, seeds 0 to 4,
 2026-11-22, mean and 95 % t-interval; whole table in ``recipes/results/demo_cpu_5_seeds.md``):
@@ -143,7 +144,7 @@ def _notes(runs: Sequence[Run], start: Start) -> str:
     note = (
         f"All runs start from a held-out loss of {loss:.3f}. The reference losses of RHO-Loss "
         f"({rows} rows, one forward each) took {seconds:.1f} CPU s before the runs and are not in "
-        "their time."
+        "their time; the verdicts count those of the rows that RHO-Loss looked at."
     )
     timed = {arm.name: arm for arm in group_arms(r for r in runs if r.budget == "time")}
     if not {"uniform", "RHO-Loss"} <= set(timed):

@@ -7,9 +7,9 @@ rewards, with TRL's ``GRPOTrainer``. Plain GRPO, DAPO's filter (drop groups with
 again), the balanced filter with the shared sampler, and that sampler alone are compared by their
 held-out reward, at equal CPU time, each at the best prompts per step and learning rate of a small
 sweep. Two tasks: ``mixed`` (trivial, learnable and impossible problems, easy to tell apart) and
-``digits`` (sums of 1 to 6 digits, of smoothly growing difficulty). It ends with a table and one
-page, ``report.html``, for each task. Practised models are kept in ``start/`` of the output folder;
-``--fresh`` makes them anew.
+``digits`` (sums of 1 to 6 digits, of smoothly growing difficulty). It ends with what paid, a
+table and one page, ``report.html``, for each task. Practised models are kept in ``start/`` of the
+output folder; ``--fresh`` makes them anew.
 
 Measured (``SEEDS=5 make demo-grpo``, 2 CPU cores (AMD EPYC), one thread a run, 40 CPU seconds,
 seeds 0 to 4, 2026-11-22, mean and 95 % t-interval; both tables and the sweep behind the settings

@@ -81,8 +81,9 @@ def test_what_needs_nothing_but_torch() -> None:
         "onlinesel.callbacks.dpo", "onlinesel.callbacks.grpo", "onlinesel.callbacks.hf",
         "onlinesel.callbacks.lightning", "onlinesel.recipes.bench_step", "onlinesel.recipes.demo",
         "onlinesel.recipes.demo_grpo", "onlinesel.recipes.grpo", "onlinesel.recipes.sft",
-        "onlinesel.report.drawing", "onlinesel.report.figures", "onlinesel.report.findings",
-        "onlinesel.report.kept", "onlinesel.report.page", "onlinesel.report.rollout_figures",
+        "onlinesel.report.curves", "onlinesel.report.drawing", "onlinesel.report.figures",
+        "onlinesel.report.findings", "onlinesel.report.kept", "onlinesel.report.listing",
+        "onlinesel.report.page", "onlinesel.report.rollout_figures",
         "onlinesel.report.rollout_findings", "onlinesel.report.rollouts",
     }  # fmt: skip
 

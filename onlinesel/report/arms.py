@@ -10,8 +10,8 @@ __all__ = ["Key", "by_seed", "differing", "pair_key", "seed_of", "settings_of"]
 
 # Written at the top of run.json by the callbacks; `settings` holds what the trainer was told.
 _OWN = (
-    "normalize", "ids", "groups", "mixture", "shadow", "reuse_forward", "num_generations",
-    "num_iterations", "steps_per_generation", "outcome", "success",
+    "normalize", "ids", "groups", "mixture", "reference", "shadow", "reuse_forward",
+    "num_generations", "num_iterations", "steps_per_generation", "outcome", "success",
 )  # fmt: skip
 
 Key = tuple[object, object]

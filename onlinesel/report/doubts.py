@@ -10,9 +10,9 @@ from onlinesel.report.records import Run
 from onlinesel.report.summary import Arm, baseline
 from onlinesel.report.wording import DASH, Table, listed
 
-__all__ = ["about_runs", "about_seeds", "about_settings", "settings_table"]
+__all__ = ["about_runs", "about_seeds", "about_settings", "other_settings", "settings_table"]
 
-_CHOICE = ("strategy", "candidates", "scope", "normalize", "groups", "mixture")
+_CHOICE = ("strategy", "candidates", "scope", "normalize", "groups", "mixture", "reference")
 """Settings of the choice of rows, by which an arm is meant to differ from uniform."""
 
 
@@ -30,6 +30,17 @@ def settings_table(arms: Sequence[Arm]) -> Table:
     return Table(("Arm", "Budget", *names), tuple(rows))
 
 
+def other_settings(arm: Arm, base: Arm) -> list[str]:
+    """Return the settings beside the choice of rows that two arms both tell, and not the same.
+
+    Example:
+        >>> other_settings(Arm("UDS", None, ()), Arm("Uniform", None, ()))
+        []
+    """
+    names = [n for n in differing([arm.settings, base.settings]) if n not in _CHOICE]
+    return [n for n in names if n in arm.settings and n in base.settings]
+
+
 def about_settings(arms: Sequence[Arm]) -> list[str]:
     """Return which arms differ from their baseline by more than the choice of rows.
 
@@ -42,9 +53,7 @@ def about_settings(arms: Sequence[Arm]) -> list[str]:
         base = baseline(arms, arm.budget, arm)
         if base is None or base is arm:
             continue
-        names = [n for n in differing([arm.settings, base.settings]) if n not in _CHOICE]
-        told = [n for n in names if n in arm.settings and n in base.settings]
-        if told:
+        if told := other_settings(arm, base):
             values = ", ".join(
                 f"{name} ({arm.settings[name]} and {base.settings[name]})" for name in told
             )

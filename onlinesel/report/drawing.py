@@ -37,6 +37,7 @@ __all__ = [
     "PALETTE",
     "Canvas",
     "Style",
+    "Tip",
     "compact",
     "line",
     "name_rows",
@@ -94,6 +95,20 @@ class Style:
     role: str
     marker: str
     dashes: str | tuple[int, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Tip:
+    """What a point of a figure says when it is pointed at; `x` and `y` are data.
+
+    Example:
+        >>> Tip(10, 2.5, "UDS, optimizer steps 10: 2.500").text
+        'UDS, optimizer steps 10: 2.500'
+    """
+
+    x: float
+    y: float
+    text: str
 
 
 @dataclass(frozen=True)
@@ -223,13 +238,14 @@ def percents(axes: Axes, which: str) -> None:
     getattr(axes, which + "axis").set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
 
 
-def to_svg(axes: Axes, label: str, key: str) -> str:
+def to_svg(axes: Axes, label: str, key: str, tips: Sequence[Tip] = ()) -> str:
     """Return the figure of `axes` as inline SVG with accessible name `label`.
 
     Args:
         axes: Axes of an SVG `Canvas`.
         label: What the figure shows, for readers who cannot see it.
         key: Prefix of the ids inside, unique in the page.
+        tips: What points say when they are pointed at; those outside the frame are left out.
 
     Example:
         >>> with Canvas().axes() as (axes,):
@@ -249,8 +265,23 @@ def to_svg(axes: Axes, label: str, key: str) -> str:
     for role, marker in _MARKERS.items():
         svg = svg.replace(marker, f"var(--{role})")
     svg = re.sub(r">\s+<", "><", svg)
+    svg = svg.removesuffix("</svg>") + "".join(_spots(axes, tips)) + "</svg>"
     name = f'<svg role="img" aria-label="{escape(label, quote=True)}"'
     return re.sub(r'<svg width="[^"]*" height="[^"]*"', lambda _: name, svg, count=1)
+
+
+def _spots(axes: Axes, tips: Sequence[Tip]) -> Iterator[str]:
+    """Yield an unseen circle over each point, with its text as the title a browser shows."""
+    figure, box = _figure(axes), axes.get_position()
+    width, height = 72 * figure.get_size_inches()  # an SVG has 72 units an inch
+    for tip in tips:
+        x, y = axes.transAxes.inverted().transform(axes.transData.transform((tip.x, tip.y)))
+        if 0 <= x <= 1 and 0 <= y <= 1:
+            left, top = (box.x0 + x * box.width) * width, (1 - box.y0 - y * box.height) * height
+            yield (
+                f'<circle class="tip" cx="{left:.1f}" cy="{top:.1f}" r="8" fill="transparent">'
+                f"<title>{escape(tip.text)}</title></circle>"
+            )
 
 
 def save_png(axes: Axes, path: str | os.PathLike[str], dpi: int = 100) -> Path:

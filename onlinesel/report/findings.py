@@ -161,9 +161,9 @@ def caveats(runs: Iterable[Run]) -> list[str]:
         notes.append(f"Intervals rest on as few as {fewest} seeds; five or more are usual.")
     for arm in arms:
         base = summary.baseline(arms, arm.budget, arm)
-        axis = {"time": clock, "steps": "step", "rollouts": "rollouts"}.get(arm.budget or "")
-        if base is None or base is arm or axis is None:
+        if base is None or base is arm or arm.budget is None:
             continue
+        axis = {"time": clock, "steps": "step"}.get(arm.budget, arm.budget)
         mine, theirs = summary.ends(arm, axis), summary.ends(base, axis)
         if mine and theirs and abs(fmean(mine) / (fmean(theirs) or math.nan) - 1) > 0.1:
             notes.append(

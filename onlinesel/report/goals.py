@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from onlinesel.report.records import Evaluation, Generation, Run, Step
 
-__all__ = ["LOSS", "REWARD", "Goal", "goal_of", "mark_of", "reach", "scored", "value_of"]
+__all__ = ["LOSS", "REWARD", "Goal", "goal_of", "mark_of", "reach", "scored", "trained", "value_of"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def goal_of(run: Run) -> Goal:
         >>> goal_of(Run(Path(), "UDS")).name
         'held-out loss'
     """
-    rewarded = bool(run.generations) or any(REWARD.field in e.metrics for e in run.evals)
+    measured = (*run.evals, *run.logs)
+    rewarded = bool(run.generations) or any(REWARD.field in e.metrics for e in measured)
     return REWARD if rewarded else LOSS
 
 
@@ -94,6 +95,31 @@ def scored(run: Run) -> list[tuple[Evaluation, float]]:
     """
     name = goal_of(run).field
     return [(e, value_of(e, name)) for e in run.evals if hasattr(e, name) or name in e.metrics]
+
+
+def trained(run: Run) -> list[tuple[Evaluation | Generation, float]]:
+    """Return what was logged of the goal while `run` trained, each record with the value.
+
+    It is not held out: a loss is that of the rows which were chosen. Without a logged reward it is
+    the share of successes in each generation batch.
+
+    Example:
+        >>> from pathlib import Path
+        >>> trained(Run(Path(), "UDS", logs=(Evaluation(10, 2.0, 80, 3.5),)))[0][1]
+        3.5
+    """
+    name = goal_of(run).field
+    logged = [(record, value_of(record, name)) for record in run.logs]
+    known = [(record, value) for record, value in logged if math.isfinite(value)]
+    if known or name != REWARD.field:
+        return [*known]
+    rates = []
+    for batch in run.generations:
+        pairs = zip(batch.successes, batch.trials, strict=True)
+        scored_groups = [(won, tried) for won, tried in pairs if math.isfinite(won)]
+        if tried := sum(tried for _, tried in scored_groups):
+            rates.append((batch, sum(won for won, _ in scored_groups) / tried))
+    return [*rates]
 
 
 def mark_of(run: Run) -> float:

@@ -26,10 +26,12 @@ __all__ = [
     "decisions",
     "examples",
     "pool_shares",
+    "pool_size",
     "repeats",
     "share_over_steps",
     "source_shares",
     "sources_of",
+    "times_trained",
 ]
 
 REPEATS = ("never a candidate", "never trained", "once", "twice", "3 or 4 times", "5 times or more")
@@ -170,11 +172,24 @@ def share_over_steps(arm: Arm, windows: int = 20) -> tuple[_Floats, dict[str, _F
     return middle[some], {source: hits[source][some] / totals[some] for source in sources}
 
 
+def pool_size(run: Run) -> int | None:
+    """Return the number of rows that `run` could choose from, None if it is not known.
+
+    Example:
+        >>> from pathlib import Path
+        >>> pool_size(Run(Path(), "UDS", extra={"settings": {"rows": 40}}))
+        40
+    """
+    told = run.extra.get("settings")
+    size = told.get("rows") if isinstance(told, Mapping) else None
+    return max(int(size or 0), len(run.rows)) or None
+
+
 def repeats(arm: Arm) -> _Floats:
     """Return the share of the pool in each class of `REPEATS`, averaged over the seeds of `arm`.
 
-    The pool is `rows.jsonl`; without it, the rows seen as candidates, so that none is "never a
-    candidate".
+    The pool is as large as the training set whose size the record tells, or as `rows.jsonl`;
+    without both it is the rows seen as candidates, so that none is "never a candidate".
 
     Example:
         >>> repeats(Arm("UDS", None, ())).size
@@ -185,8 +200,8 @@ def repeats(arm: Arm) -> _Floats:
         flat = _flatten(run)
         if not flat.ids.size:
             continue
-        trained = _times_trained(flat)[1]
-        pool = max(len(run.rows), trained.size)
+        trained = times_trained(flat)[1]
+        pool = max(pool_size(run) or 0, trained.size)
         edges = [pool - trained.size] + [
             int(np.sum((trained >= low) & (trained < high)))
             for low, high in ((0, 1), (1, 2), (2, 3), (3, 5), (5, np.inf))
@@ -211,16 +226,28 @@ def examples(arm: Arm, count: int = 5) -> tuple[list[Example], list[Example]]:
     flat = decisions(arm)
     if not pool or not flat.ids.size or flat.trained.all():
         return [], []
-    ids, trained, candidate = _times_trained(flat)
+    ids, trained, candidate = times_trained(flat)
     known = [
         Example(pool[row], int(seen), int(kept))
         for row, kept, seen in zip(ids.tolist(), trained, candidate, strict=True)
-        if row in pool
+        if row in pool and pool[row].text
     ]
     most = sorted(known, key=lambda e: (-e.trained, e.candidate, e.row.id))
     least = sorted(known, key=lambda e: (e.trained / e.candidate, -e.candidate, e.row.id))
     count = min(count, len(known) // 2)
     return most[:count], [e for e in least if e not in most[:count]][:count]
+
+
+def times_trained(flat: Decisions) -> tuple[_Ints, _Ints, _Ints]:
+    """Return the distinct ids, how often each trained, and how often each was a candidate.
+
+    Example:
+        >>> times_trained(decisions(Arm("UDS", None, ())))[0].size
+        0
+    """
+    ids, place, candidate = np.unique(flat.ids, return_inverse=True, return_counts=True)
+    trained = np.bincount(place, weights=flat.trained, minlength=ids.size).astype(np.int64)
+    return ids, trained, candidate
 
 
 def _flatten(run: Run) -> Decisions:
@@ -239,13 +266,6 @@ def _flatten(run: Run) -> Decisions:
     weights = np.concatenate([np.empty(0), *(np.asarray(c.weights) for c in run.choices)])
     steps = np.repeat(np.array([c.step for c in run.choices], dtype=np.int64), sizes)
     return Decisions(ids, steps, weights > 0, scores, tokens)
-
-
-def _times_trained(flat: Decisions) -> tuple[_Ints, _Ints, _Ints]:
-    """Return the distinct ids, how often each trained, and how often each was a candidate."""
-    ids, place, candidate = np.unique(flat.ids, return_inverse=True, return_counts=True)
-    trained = np.bincount(place, weights=flat.trained, minlength=ids.size).astype(np.int64)
-    return ids, trained, candidate
 
 
 def _sources(ids: _Ints, rows: Mapping[int, Row]) -> npt.NDArray[np.object_]:

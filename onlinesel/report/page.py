@@ -1,27 +1,32 @@
 """One self-contained HTML page about runs: `onlinesel report RUN_DIR... -o report.html`.
 
-Inline SVG and CSS, no script, no request to anywhere; light and dark follow the reader's setting.
+Inline SVG and CSS, one short script of our own (page.js) that a policy in the page allows and no
+other, no request to anywhere; light and dark follow the reader's setting.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import hashlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import count
 from pathlib import Path
 from typing import Any
-from unicodedata import category
 
 from onlinesel.report import (
+    curves,
     doubts,
     drawing,
     figures,
     findings,
     kept,
+    listing,
+    paid,
     rollout_figures,
     rollout_findings,
     rollouts,
@@ -29,7 +34,8 @@ from onlinesel.report import (
     wording,
 )
 from onlinesel.report.goals import LOSS, goal_of
-from onlinesel.report.records import Run, find_runs, read_run
+from onlinesel.report.reading import find_runs, read_run
+from onlinesel.report.records import Run
 from onlinesel.report.summary import Arm
 
 try:
@@ -42,7 +48,7 @@ except ImportError as error:
 
 __all__ = ["main", "render", "table_markdown", "write_report"]
 
-_TEXT = 320
+_HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class _Budget:
 
     title: str
     curves: list[_Panel] = field(default_factory=list)
+    training: list[_Panel] = field(default_factory=list)
     scores: list[_Panel] = field(default_factory=list)
     unscored: list[str] = field(default_factory=list)
     sources: list[_Panel] = field(default_factory=list)
@@ -79,7 +86,7 @@ class _Budget:
     time: _Panel | None = None
     cost: wording.Table | None = None
     has_choices: bool = False
-    has_rows: bool = False
+    has_pool: bool = False
 
 
 @dataclass
@@ -88,12 +95,13 @@ class _Rolled:
 
     title: str
     curves: list[_Panel] = field(default_factory=list)
+    training: list[_Panel] = field(default_factory=list)
     fates: list[_Panel] = field(default_factory=list)
     rates: list[_Panel] = field(default_factory=list)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `onlinesel report` and return the exit status.
+    """Run `onlinesel report` and return the exit status; what it prints first is the verdict.
 
     Args:
         argv: Arguments after `report`.
@@ -110,13 +118,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a run, or a folder of runs")
     parser.add_argument("-o", "--out", default="report.html", help="page to write (%(default)s)")
     parser.add_argument("--title", help="title of the page")
+    parser.add_argument(
+        "--before", action="append", default=[], metavar="ARM=SECONDS", type=_cost,
+        help="what an arm cost before its runs, as a reference that was trained for it",
+    )  # fmt: skip
     options = parser.parse_args(argv)
     try:
-        out = write_report(options.runs, options.out, title=options.title)
+        runs = _read(options.runs, dict(options.before))
+        out = _write(runs, options.out, options.title)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    sys.stdout.write(f"{out}\n")
+    sys.stdout.write("".join(f"{line}\n" for line in [*paid.judged(runs), out]))
     return 0
+
+
+def _cost(text: str) -> tuple[str, float]:
+    name, _, spent = text.rpartition("=")
+    if not name:
+        raise argparse.ArgumentTypeError(f"must be ARM=SECONDS, got {text!r}")
+    return name, float(spent)
 
 
 def write_report(
@@ -124,6 +144,7 @@ def write_report(
     out: str | os.PathLike[str],
     *,
     title: str | None = None,
+    before: Mapping[str, float] | None = None,
 ) -> Path:
     """Write the page about all runs in `run_dirs` and return its path.
 
@@ -131,6 +152,8 @@ def write_report(
         run_dirs: Run directories, or folders that hold them.
         out: HTML file to write.
         title: Title of the page.
+        before: Seconds that arms cost before their runs, by name: a reference that was trained or
+            scored for them. They count in the verdict.
 
     Example:
         >>> import tempfile
@@ -140,12 +163,19 @@ def write_report(
         >>> write_report([folder], folder / "report.html").name
         'report.html'
     """
+    return _write(_read(run_dirs, before or {}), out, title)
+
+
+def _read(run_dirs: Iterable[str | os.PathLike[str]], before: Mapping[str, float]) -> list[Run]:
     if isinstance(run_dirs, (str, os.PathLike)):
         raise TypeError(
             f"write_report: run_dirs must be an iterable of paths, got {run_dirs!r}. "
             "Put it in a list."
         )
-    runs = [read_run(path) for path in find_runs(run_dirs)]
+    return paid.with_costs([read_run(path) for path in find_runs(run_dirs)], before)
+
+
+def _write(runs: Sequence[Run], out: str | os.PathLike[str], title: str | None) -> Path:
     target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Training text can hold lone surrogates, which no encoding of a page can carry.
@@ -181,9 +211,10 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
     arms = summary.group_arms(trained)
     styles = drawing.styles_of(arms + summary.group_arms(generated))
     keys = (f"f{number}" for number in count())
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
     budgets = [_budget(members, styles, keys) for members in _by_budget(arms)]
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -191,6 +222,10 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
     )
     return environment.get_template("template.html").render(
         title=title or "What the runs did with their data",
+        paid=paid.judged(runs),
+        outcomes={paid.PAYS: "good", paid.PAYS_NOT: "bad", paid.NOT_TOLD: "open"},
+        script=Markup(script),
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         palette=drawing.PALETTE,
         runs=runs,
         arms=arms,
@@ -207,6 +242,8 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
         budgets=budgets,
         repeats=kept.REPEATS,
         examples=_examples(arms),
+        rows=listing.rows(arms),
+        prompts=listing.prompts(summary.group_arms(generated)),
         generated=_generated(generated, styles, keys),
         facts=_facts(runs),
         now=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -226,18 +263,21 @@ def _by_budget(arms: Sequence[Arm]) -> list[list[Arm]]:
 
 def _clock(parts: Iterable[Sequence[Run]]) -> str:
     clocks = dict.fromkeys(map(summary.clock_of, [runs for runs in parts if runs] or [[]]))
-    return " and ".join(wording.within(figures.AXES[clock]) for clock in clocks)
+    return " and ".join(wording.within(curves.AXES[clock]) for clock in clocks)
 
 
 def _title(arms: Sequence[Arm]) -> str:
-    return figures.BUDGETS.get(arms[0].budget, str(arms[0].budget)).capitalize()
+    return curves.BUDGETS.get(arms[0].budget, str(arms[0].budget)).capitalize()
 
 
 def _curves(
-    arms: Sequence[Arm], axes: Iterable[str], styles: figures.Styles, key: Iterator[str]
+    arms: Sequence[Arm], axes: Iterable[str], styles: figures.Styles, key: Iterator[str], draw: Any
 ) -> list[_Panel]:
-    drawn = ((axis, figures.held_out_curves(arms, axis, styles, next(key))) for axis in axes)
-    named = ((wording.within(figures.AXES[axis]), svg) for axis, svg in drawn if svg)
+    """Return a panel for each axis, that of the arms' budget first."""
+    runs = [run for arm in arms for run in arm.runs]
+    first = curves.own_axis(arms[0].budget, summary.clock_of(runs))
+    drawn = ((axis, draw(arms, axis, styles, next(key))) for axis in dict.fromkeys([first, *axes]))
+    named = ((wording.within(curves.AXES[axis]), svg) for axis, svg in drawn if svg)
     return [_Panel(f"Against {name}", Markup(svg)) for name, svg in named]
 
 
@@ -249,7 +289,10 @@ def _generated(runs: Sequence[Run], styles: figures.Styles, key: Iterator[str]) 
     budgets = []
     for members in _by_budget(arms):
         shown = _Rolled(_title(members))
-        shown.curves = _curves(members, ("rollouts", clock, "step"), styles, key)
+        axes = ("rollouts", clock, "step")
+        shown.curves = _curves(members, axes, styles, key, curves.held_out_curves)
+        if not shown.curves:
+            shown.training = _curves(members, axes, styles, key, curves.training_curves)
         for arm in members:
             found = rollouts.groups(arm)
             if svg := rollout_figures.fates(found, arm.name, next(key)):
@@ -271,10 +314,13 @@ def _generated(runs: Sequence[Run], styles: figures.Styles, key: Iterator[str]) 
 
 def _budget(arms: Sequence[Arm], styles: figures.Styles, key: Iterator[str]) -> _Budget:
     shown = _Budget(_title(arms))
-    shown.curves = _curves(arms, ("cpu_seconds", "seconds", "step", "rows"), styles, key)
+    axes = ("cpu_seconds", "seconds", "step", "rows")
+    shown.curves = _curves(arms, axes, styles, key, curves.held_out_curves)
+    if not shown.curves:
+        shown.training = _curves(arms, axes, styles, key, curves.training_curves)
     decided = [kept.decisions(arm) for arm in arms]
     shown.has_choices = any(flat.ids.size for flat in decided)
-    shown.has_rows = any(run.rows for arm in arms for run in arm.runs)
+    shown.has_pool = any(kept.pool_size(run) for arm in arms for run in arm.runs)
     for arm, flat in zip(arms, decided, strict=True):
         svg = figures.score_histogram(flat, styles[arm.name], arm.name, next(key))
         if svg:
@@ -319,15 +365,8 @@ def _examples(arms: Sequence[Arm]) -> list[tuple[Arm, list[_Shown], list[_Shown]
 
 
 def _shown(example: kept.Example) -> _Shown:
-    # Control characters other than line breaks and tabs have no place in HTML, nor half characters.
-    drop = ("Cc", "Cs")
-    text = "".join(c for c in example.row.text if c in "\n\t" or category(c) not in drop).strip()
-    head = text[:_TEXT]
-    if len(text) > _TEXT and " " in head[_TEXT // 2 :]:
-        head = head[: head.rindex(" ")].rstrip(" .,;:")
-    return _Shown(
-        head, len(text) - len(head), example.row.source or "", example.candidate, example.trained
-    )
+    head, rest = listing.shown(example.row.text)
+    return _Shown(head, rest, example.row.source or "", example.candidate, example.trained)
 
 
 def _facts(runs: Sequence[Run]) -> dict[str, list[str]]:

@@ -13,7 +13,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from onlinesel.report.records import Prompt, prompt_of, read_lines, read_meta, row_of
+from onlinesel.report.reading import prompt_of, read_lines, read_meta, row_of
+from onlinesel.report.records import Prompt
 
 __all__ = ["Ranking", "main", "rank", "read_prompts"]
 

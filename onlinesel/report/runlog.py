@@ -2,7 +2,8 @@
 
 A run directory holds `run.json` (who and where) and JSON-lines files: `steps.jsonl` (cost of every
 optimizer step), `choices.jsonl` (candidates and weights of every step), `evals.jsonl` (held-out
-loss) and, optionally, `rows.jsonl` (text and source of the training pool). A run that generates its
+loss), `logs.jsonl` (what the trainer logged) and, optionally, `rows.jsonl` (text and source of the
+training pool, or of a part of it). A run that generates its
 completions has `rollouts.jsonl` (cost and groups of every generation batch) and may have
 `prompts.jsonl` (the pass rates that it predicts). Every line is flushed when it is written, so a
 killed run loses at most the line that it was writing.
@@ -13,7 +14,6 @@ Only one process may write a run directory: under data parallelism, rank 0.
 from __future__ import annotations
 
 import json
-import math
 import operator
 import os
 import shlex
@@ -24,16 +24,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from onlinesel.report._lines import (
+    check_columns,
+    drop_after,
+    items,
+    number,
+    open_lines,
+    plain,
+    replace_file,
+)
 from onlinesel.report._machine import hardware, versions
-from onlinesel.report.records import (
+from onlinesel.report.reading import (
     FORMAT,
-    Choice,
-    Evaluation,
-    Generation,
-    Prompt,
-    Row,
-    Run,
-    Step,
     find_runs,
     prompt_of,
     read_lines,
@@ -42,6 +44,7 @@ from onlinesel.report.records import (
     row_of,
     step_of,
 )
+from onlinesel.report.records import Choice, Evaluation, Generation, Prompt, Row, Run, Step
 
 __all__ = [
     "Choice",
@@ -58,7 +61,9 @@ __all__ = [
 
 # File -> steps that its line of step k lies ahead of the checkpoint of step k: a run that goes on
 # after step k has trained that step, but generates anew for the next.
-_STEPPED = {"steps.jsonl": 0, "choices.jsonl": 0, "evals.jsonl": 0, "rollouts.jsonl": 1}
+_STEPPED = {
+    "steps.jsonl": 0, "choices.jsonl": 0, "evals.jsonl": 0, "logs.jsonl": 0, "rollouts.jsonl": 1,
+}  # fmt: skip
 
 
 class RunLog:
@@ -99,7 +104,7 @@ class RunLog:
                 "that run. A RunLog of your own takes resume_step."
             )
         for name in used:
-            _drop_after(self.path / name, operator.index(resume_step or 0) - _STEPPED[name])
+            drop_after(self.path / name, operator.index(resume_step or 0) - _STEPPED[name])
         if resume_step == 0:  # what an earlier run believed of its prompts is no start
             (self.path / "prompts.jsonl").unlink(missing_ok=True)
 
@@ -149,7 +154,7 @@ class RunLog:
             "date": read_meta(self.path).get("date", now) if target.exists() else now,
         }  # fmt: skip
         record = {"format": FORMAT} | defaults | meta
-        _replace(target, [json.dumps(_plain(record), ensure_ascii=False, indent=1)])
+        replace_file(target, [json.dumps(plain(record), ensure_ascii=False, indent=1)])
 
     def step(
         self,
@@ -211,12 +216,12 @@ class RunLog:
             ...     log.choice(1, ids=[4, 9], weights=[0.0, 1.0])
         """
         columns: dict[str, list[Any] | None] = {
-            "ids": [operator.index(i) for i in _items(ids)],
-            "weights": [_number(w) for w in _items(weights)],
-            "scores": None if scores is None else [_number(s) for s in _items(scores)],
-            "tokens": None if tokens is None else [operator.index(t) for t in _items(tokens)],
+            "ids": [operator.index(i) for i in items(ids)],
+            "weights": [number(w) for w in items(weights)],
+            "scores": None if scores is None else [number(s) for s in items(scores)],
+            "tokens": None if tokens is None else [operator.index(t) for t in items(tokens)],
         }
-        _check("choice", columns, "id", "Pass every candidate, weight 0 where dropped.")
+        check_columns("choice", columns, "id", "Pass every candidate, weight 0 where dropped.")
         self._append("choices.jsonl", {"step": operator.index(step), **columns})
 
     def evaluation(
@@ -240,6 +245,30 @@ class RunLog:
             ...     log.evaluation(step=0, seconds=0.0, rows=0, loss=4.17)
         """
         self._append("evals.jsonl", {
+            "step": operator.index(step), "seconds": seconds, "cpu_seconds": cpu_seconds,
+            "rows": operator.index(rows), "loss": loss, **metrics,
+        })  # fmt: skip
+
+    def logged(
+        self,
+        *,
+        step: int,
+        seconds: float,
+        rows: int,
+        loss: float | None = None,
+        cpu_seconds: float | None = None,
+        **metrics: Any,
+    ) -> None:
+        """Append what a trainer logged of its training, which is drawn where nothing was evaluated.
+
+        The report reads `loss`, and of a run that generates `reward` and `rollouts`.
+
+        Example:
+            >>> import tempfile
+            >>> with RunLog(tempfile.mkdtemp()) as log:
+            ...     log.logged(step=10, seconds=2.0, rows=80, loss=3.1)
+        """
+        self._append("logs.jsonl", {
             "step": operator.index(step), "seconds": seconds, "cpu_seconds": cpu_seconds,
             "rows": operator.index(rows), "loss": loss, **metrics,
         })  # fmt: skip
@@ -284,12 +313,12 @@ class RunLog:
             ...     )
         """
         groups: dict[str, list[Any] | None] = {
-            "prompts": [operator.index(i) for i in _items(prompts)],
-            "successes": [_number(s) for s in _items(successes)],
-            "trials": [operator.index(t) for t in _items(trials)],
-            "kept": [bool(k) for k in _items(kept)],
+            "prompts": [operator.index(i) for i in items(prompts)],
+            "successes": [number(s) for s in items(successes)],
+            "trials": [operator.index(t) for t in items(trials)],
+            "kept": [bool(k) for k in items(kept)],
         }
-        _check("generation", groups, "prompt", "Pass every scored group, kept or not.")
+        check_columns("generation", groups, "prompt", "Pass every scored group, kept or not.")
         self._append("rollouts.jsonl", {
             "step": operator.index(step), "seconds": seconds, "cpu_seconds": cpu_seconds,
             "rollouts": operator.index(rollouts), "tokens": operator.index(tokens),
@@ -309,8 +338,8 @@ class RunLog:
             >>> log.prompt_table([Prompt(4, rate=0.1, std=0.05, visits=3, last=17)])
         """
         table = (prompt_of(r if isinstance(r, Mapping) else Prompt(*r)._asdict()) for r in rows)
-        lines = (json.dumps(_plain(each._asdict()), allow_nan=False) for each in table)
-        _replace(self.path / "prompts.jsonl", lines)
+        lines = (json.dumps(plain(each._asdict()), allow_nan=False) for each in table)
+        replace_file(self.path / "prompts.jsonl", lines)
 
     def rows(self, rows: Iterable[Row | tuple[int, str | None, str] | Mapping[str, Any]]) -> None:
         """Write `rows.jsonl` about the whole training pool, in place of an earlier one.
@@ -322,7 +351,18 @@ class RunLog:
         pool = (row_of(r) if isinstance(r, Mapping) else Row(*r) for r in rows)
         records = (r._asdict() | {"id": operator.index(r.id)} for r in pool)
         lines = (json.dumps(r, ensure_ascii=False) for r in records)
-        _replace(self.path / "rows.jsonl", lines)
+        replace_file(self.path / "rows.jsonl", lines)
+
+    def more_rows(self, rows: Iterable[Row]) -> None:
+        """Append rows to `rows.jsonl`, as they are seen.
+
+        Example:
+            >>> import tempfile
+            >>> with RunLog(tempfile.mkdtemp()) as log:
+            ...     log.more_rows([Row(7, None, "Seven.")])
+        """
+        for row in rows:
+            self._append("rows.jsonl", row._asdict() | {"id": operator.index(row.id)})
 
     def close(self) -> None:
         """Close the files; a later line opens them again."""
@@ -337,59 +377,7 @@ class RunLog:
         self.close()
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
-        line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
+        line = json.dumps(plain(record), ensure_ascii=False, allow_nan=False)
         if name not in self._files:
-            self._files[name] = _open(self.path / name, "a")
+            self._files[name] = open_lines(self.path / name, "a")
         self._files[name].write(line + "\n")
-
-
-def _check(method: str, columns: Mapping[str, list[Any] | None], per: str, remedy: str) -> None:
-    """Refuse columns that are not as long as the first of them."""
-    size = len(next(iter(columns.values())) or ())
-    for name, values in columns.items():
-        if values is not None and len(values) != size:
-            raise ValueError(
-                f"RunLog.{method}: {name} must have one entry per {per}, got {len(values)} for "
-                f"{size} {per}s. {remedy}"
-            )
-
-
-def _drop_after(file: Path, step: int) -> None:
-    """Drop the lines of `file` whose step is later than `step`, and a truncated last line."""
-    kept = (r for r in read_lines(file, dict) if operator.index(r["step"]) <= step)
-    _replace(file, (json.dumps(r, ensure_ascii=False) for r in kept))
-
-
-def _replace(target: Path, lines: Iterable[str]) -> None:
-    """Write `target` under another name and move it into place: no reader sees half of it."""
-    temporary = target.with_name(target.name + ".tmp")
-    with _open(temporary, "w") as file:
-        file.writelines(line + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
-
-
-def _open(path: Path, mode: str) -> IO[str]:
-    # A lone surrogate cannot be UTF-8; as backslash escape it is the JSON escape of that same text.
-    return path.open(mode, buffering=1, encoding="utf-8", errors="backslashreplace", newline="\n")
-
-
-def _items(values: Any) -> Iterable[Any]:
-    # One transfer for a tensor; element by element would wait for the device N times.
-    return values.tolist() if hasattr(values, "tolist") else values
-
-
-def _number(value: Any) -> float | int | None:
-    return None if value is None or not math.isfinite(value) else value
-
-
-def _plain(value: Any) -> Any:
-    """Return `value` as plain JSON types; NaN and infinities, which JSON lacks, become None."""
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return _number(float(value))

@@ -220,7 +220,18 @@ def test_a_whole_demo_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture
     for arm in arms:
         assert table.count(f"| {arm} |") == 2
     assert "The reference losses of RHO-Loss (96 rows, one forward each) took " in table
-    assert json.loads((tmp_path / "start" / TINY.key() / "facts.json").read_text("utf-8"))
+    facts = json.loads((tmp_path / "start" / TINY.key() / "facts.json").read_text("utf-8"))
+    # Each run of RHO-Loss pays for the reference losses of the rows that it looked at.
+    paying = runs["RHO-Loss", "steps"]
+    share = min(paying.steps[-1].candidates / 96, 1.0)
+    assert paying.extra["reference_seconds"] == pytest.approx(
+        share * facts["reference_cpu_seconds"]
+    )
+    assert "reference_seconds" not in runs["top loss", "steps"].extra
+    verdicts = table.splitlines()[:2]
+    assert [line.split(":")[0] for line in verdicts] == ["- RHO-Loss", "- top loss"]
+    assert all(line.endswith("): cannot be told: one seed.") for line in verdicts)
+    assert " before the run counted in" in verdicts[0]
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onlinesel.report import doubts, figures, findings, summary
+from onlinesel.report import curves, doubts, findings, summary
 from onlinesel.report.page import render
 from onlinesel.report.records import Evaluation, Run, Step
 
@@ -115,18 +115,18 @@ def test_markers_stand_where_something_was_evaluated() -> None:
     runs = tuple(run("UDS", s, 2.0 + 0.1 * s, at=(0, 3, 4, 20)) for s in (0, 1))
     arm = summary.Arm("UDS", None, runs)
     for axis, places in (("step", [0, 3, 4, 20]), ("seconds", [0, 6, 8, 40])):
-        grid, mean, _ = figures._curve(arm, axis)
-        marks = figures._marks(arm, axis, grid)
+        grid, mean, _ = curves._curve(arm, axis)
+        marks = curves._marks(arm, axis, grid)
         assert sorted(grid[marks].tolist()) == places
         wanted = np.interp(places, places, [4 - 1.95 * s / 20 for s in (0, 3, 4, 20)])
         assert sorted(mean[marks].tolist()) == pytest.approx(sorted(wanted.tolist()))
     mixed = (run("UDS", 0, 2.0, at=(0, 5, 20)), run("UDS", 1, 2.0, at=(0, 7, 20)))
-    grid, _, _ = figures._curve(summary.Arm("UDS", None, mixed), "step")
-    marks = figures._marks(summary.Arm("UDS", None, mixed), "step", grid)
+    grid, _, _ = curves._curve(summary.Arm("UDS", None, mixed), "step")
+    marks = curves._marks(summary.Arm("UDS", None, mixed), "step", grid)
     assert sorted(grid[marks].tolist()) == [0, 20]
     many = summary.Arm("UDS", None, (run("UDS", 0, 2.0, at=range(200)),))
-    grid, _, _ = figures._curve(many, "step")
-    assert 2 <= len(figures._marks(many, "step", grid)) <= 8
+    grid, _, _ = curves._curve(many, "step")
+    assert 2 <= len(curves._marks(many, "step", grid)) <= 8
 
 
 def test_a_single_run_is_told_what_it_lacks() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import random
@@ -13,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from onlinesel.report.figures import headline_png
+from onlinesel.report import listing
+from onlinesel.report.curves import headline_png
 from onlinesel.report.page import main, render, table_markdown, write_report
 from onlinesel.report.runlog import RunLog, find_runs, read_run
 from tests.report.test_rollouts import BAND, UNIFORM
@@ -71,13 +74,21 @@ class Elements(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
-def test_the_page_loads_nothing_and_runs_nothing(page: Path) -> None:
+def test_the_page_loads_nothing_and_runs_its_own_script_alone(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert "http://" not in text and "https://" not in text and "@import" not in text
     elements = Elements(text).found
     tags = {tag for tag, _ in elements}
     assert {"svg", "table", "meta"} <= tags
-    assert not tags & {"script", "img", "iframe", "object", "embed", "b>", "i>"}
+    assert not tags & {"img", "iframe", "object", "embed", "b>", "i>"}
+    # One script, which is ours to the byte; the page's own policy lets no other run.
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    assert script == (Path(listing.__file__).parent / "page.js").read_text()
+    assert [tag for tag, _ in elements].count("script") == 1 and "innerHTML" not in script
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = (a["content"] for tag, a in elements if a.get("http-equiv"))
+    allowed = f"script-src 'sha256-{digest}'"
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; {allowed}"
     for _, attributes in elements:
         assert not any(name == "src" or name.startswith("on") for name in attributes)
         assert re.match(r"#|data:,$", attributes.get("href") or "#")
@@ -85,7 +96,7 @@ def test_the_page_loads_nothing_and_runs_nothing(page: Path) -> None:
 
 def test_names_and_text_are_escaped(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "<script" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "<script>alert" not in text
     assert "An arm &lt;i&gt;with a long name" in text and "<i>with" not in text
     assert "<b>bad" not in text and "<title>A &amp; B</title>" in text
     assert "水\u00a0" in text and "\x00" not in text
@@ -157,7 +168,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     RunLog(tmp_path / "a").start(name="UDS")
     out = tmp_path / "new" / "page.html"
     assert main([str(tmp_path / "a"), "-o", str(out), "--title", "Mine"]) == 0
-    assert capsys.readouterr().out.strip() == str(out) and "<h1>Mine</h1>" in out.read_text()
+    said = ["UDS: cannot be told: no uniform run.", str(out)]
+    assert capsys.readouterr().out.splitlines() == said and "<h1>Mine</h1>" in out.read_text()
     with pytest.raises(SystemExit, match="2"):
         main([str(tmp_path / "nothing")])
     assert "path must exist" in capsys.readouterr().err

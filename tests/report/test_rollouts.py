@@ -21,7 +21,7 @@ from onlinesel.report import (
     rollouts,
     summary,
 )
-from onlinesel.report.figures import headline_png
+from onlinesel.report.curves import headline_png
 from onlinesel.report.page import table_markdown, write_report
 from onlinesel.report.records import Generation
 from onlinesel.report.runlog import Run, RunLog, read_run
@@ -307,7 +307,10 @@ def test_the_page_says_it_all(runs: list[Run], tmp_path: Path) -> None:
     labels = re.findall(r'role="img" aria-label="([^"]*)"', text)
     # Three curves, and two figures of each of three arms.
     assert len(labels) == 3 + 6 and all(labels)
-    assert labels[0].startswith("Held-out reward against rollouts. Final: uniform 0.400 ± 1.271")
+    # What runs of equal steps have equally much of comes first.
+    final = "Final: uniform 0.400 ± 1.271"
+    assert labels[0].startswith(f"Held-out reward against optimizer steps. {final}")
+    assert labels[1].startswith(f"Held-out reward against rollouts. {final}")
     assert "Held-out loss" not in text and "No run logged" not in text
 
 
@@ -316,7 +319,9 @@ def test_missing_pieces_are_said(tmp_path: Path) -> None:
         log.start(name="band")
         generate(log, 0, [(-1, 1, 2, True)])
     text = write_report([tmp_path], tmp_path / "r.html").read_text()
-    assert "No run logged a held-out reward" in text
+    assert "No run logged a held-out reward" not in text
+    label = "Training reward against training seconds (wall clock). Final: band 0.500."
+    assert f'aria-label="{label}"' in text
     assert "No run logged the outcomes of prompts that have an id" in text
     assert "No held-out reward in 1 of 1 runs: band." in text
     (tmp_path / "a" / "rollouts.jsonl").unlink()
