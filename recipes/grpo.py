@@ -165,6 +165,9 @@ class RolloutArguments:
         default=None,
         metadata={"help": "Folder for the record of `onlinesel report` and `onlinesel prompts`."},
     )
+    record_text: bool = field(
+        default=True, metadata={"help": "Whether the record holds what prompts say."}
+    )
 
 
 def make_parts(options: RolloutArguments) -> dict[str, Any]:
@@ -231,10 +234,11 @@ def make_trainer(
             success=options.success,
             seed=options.selection_seed,
             record=options.record,
+            record_text=options.record_text,
         )
     )
     if options.record is not None and trainer.is_world_process_zero():
-        _record_rows(trainer, options.record)
+        _record_rows(trainer, options.record, options.record_text)
     return trainer
 
 
@@ -345,14 +349,15 @@ def _question(columns: Sequence[str]) -> str:
     return next((name for name in likely if name in columns), columns[0] if columns else "NAME")
 
 
-def _record_rows(trainer: Any, folder: str) -> None:
-    """Write down what the problems say, for the report and for `onlinesel prompts`."""
+def _record_rows(trainer: Any, folder: str, text: bool) -> None:
+    """Write down what the problems say (if `text`), for the report and `onlinesel prompts`."""
     dataset = trainer.train_dataset
     if trainer.args.resume_from_checkpoint or not hasattr(dataset, "__len__"):
         return
     kinds = dataset["kind"] if "kind" in dataset.column_names else [None] * len(dataset)
     texts = (p if isinstance(p, str) else p[-1]["content"] for p in dataset["prompt"])
-    rows = zip(range(len(dataset)), kinds, (text[:400] for text in texts), strict=True)
+    said = (each[:400] if text else "" for each in texts)
+    rows = zip(range(len(dataset)), kinds, said, strict=True)
     RunLog(folder).rows(rows)  # refuses a folder that holds another run
 
 

@@ -114,6 +114,9 @@ class SelectionArguments:
     record: str | None = field(
         default=None, metadata={"help": "Folder for the record that `onlinesel report` reads."}
     )
+    record_text: bool = field(
+        default=True, metadata={"help": "Whether the record holds what rows say."}
+    )
     log_all: bool = field(
         default=False, metadata={"help": "Log every number about the decisions, not three of them."}
     )
@@ -191,13 +194,14 @@ def make_trainer(
             shadow=selection.shadow,
             reference=_reference(selection, trainer, model),
             record=selection.record,
+            record_text=selection.record_text,
             reuse_forward=selection.reuse_forward,
             reuse_limit=selection.reuse_limit,
             log_all=selection.log_all,
         )
     )
     if selection.record is not None and trainer.is_world_process_zero():
-        _record_rows(trainer, selection.record)
+        _record_rows(trainer, selection.record, selection.record_text)
     return trainer
 
 
@@ -268,8 +272,8 @@ def _reference(selection: SelectionArguments, trainer: Any, model: ModelConfig) 
     return reference.requires_grad_(False).to(trainer.accelerator.device)
 
 
-def _record_rows(trainer: Any, folder: str) -> None:
-    """Write down what the rows say, for the examples and sources of the report."""
+def _record_rows(trainer: Any, folder: str, text: bool) -> None:
+    """Write down what the rows say (if `text`), for the examples and sources of the report."""
     dataset, resumed = trainer.train_dataset, trainer.args.resume_from_checkpoint
     columns = getattr(dataset, "column_names", None) or ()
     # The ids that the callback logs are row numbers only where it counts the rows itself.
@@ -280,7 +284,7 @@ def _record_rows(trainer: Any, folder: str) -> None:
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     sources = dataset["source"] if "source" in columns else [None] * len(dataset)
     texts = (tokenizer.decode(ids)[:_RECORDED_CHARACTERS] for ids in dataset["input_ids"])
-    rows = zip(range(len(dataset)), sources, texts, strict=True)
+    rows = zip(range(len(dataset)), sources, texts if text else [""] * len(dataset), strict=True)
     RunLog(folder).rows(rows)  # refuses a folder that holds another run
 
 

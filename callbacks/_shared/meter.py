@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from onlinesel.callbacks._shared.announce import counted, percent, say
 from onlinesel.callbacks._shared.record import Record
+from onlinesel.callbacks._shared.texts import Texts
 from onlinesel.report.runlog import RunLog
 from onlinesel.selector import describe
 from onlinesel.step import StepPlan
@@ -73,8 +75,13 @@ class Meter:
         self._opened = False
         self._writes = True
         self._means = Means()
+        self.texts: Texts | None = None
         self.seconds = self.cpu_seconds = 0.0
         self.rows = 0
+
+    def read_texts(self, trainer: Any, wanted: bool) -> None:
+        """Write texts into the record, if they are ``wanted``; a trainer can tell what rows say."""
+        self.texts = Texts(trainer) if wanted else None
 
     def open(self, resume_step: int | None, writes: bool, trial: int | None = None) -> None:
         """Open the record, where there is one; ``writes`` on the one process that keeps it.
@@ -86,6 +93,8 @@ class Meter:
         self._said = dict(self._facts() if callable(self._facts) else self._facts)
         if writes:
             self._log = self._record.open(self._said, resume_step, trial)
+        if self.texts is not None:
+            self.texts.start(self._log)
 
     def announce(self, opening: Callable[[], str]) -> None:
         """Say the line with which a run starts, once, on the one process that writes."""
@@ -101,6 +110,9 @@ class Meter:
             if closing is not None:
                 say(f"onlinesel: {closing}")
         if self._log is not None:
+            if self.texts is not None:
+                self.texts.send()
+                self.texts.start(None)
             self._log.close()
             self._log = None
 
@@ -145,7 +157,7 @@ class StepMeter(Meter):
 
     _plan: StepPlan | None = None
     undefined = False
-    candidates = 0
+    candidates = _step = 0
 
     def __init__(
         self,
@@ -166,7 +178,7 @@ class StepMeter(Meter):
         Seconds and rows go on from those of the record's last step that stays.
         """
         self._means.drain()
-        self._plan, self._saved, self.undefined = None, 0.0, False
+        self._plan, self._saved, self.undefined, self._step = None, 0.0, False, 0
         self._tally = _Tally()
         self.open(resume_step, writes, trial)
         last = None if self._log is None or resume_step is None else self._log.last_step()
@@ -187,6 +199,7 @@ class StepMeter(Meter):
         plan: Callable[[], StepPlan],
         reuse: ReusedForward | None,
         batches: Sequence[dict[str, Any]],
+        ids: Sequence[Tensor] = (),
     ) -> StepPlan:
         """Let a step be decided, and note its decisions.
 
@@ -194,8 +207,11 @@ class StepMeter(Meter):
             plan: Decides.
             reuse: Holds the layers' outputs of the scoring forward, if they are to be reused.
             batches: The candidates, changed in place where they are.
+            ids: Of their rows, if their texts can be told.
         """
         self._saved = 0.0
+        if self.texts is not None and ids:
+            self.texts.look(ids, batches)
         if reuse is None:
             planned = plan()
         else:
@@ -233,6 +249,7 @@ class StepMeter(Meter):
         tally.steps, tally.seconds = tally.steps + 1, tally.seconds + seconds
         tally.rows, tally.candidates = tally.rows + rows, tally.candidates + candidates
         tally.choosing += choosing
+        self._step = step
         if self._log is not None:
             self._write(self._log, plan, step, (choosing, seconds))
 
@@ -255,14 +272,14 @@ class StepMeter(Meter):
 
     def _write(self, log: RunLog, plan: StepPlan, step: int, seconds: tuple[float, float]) -> None:
         signals, selections = zip(*plan.decisions, strict=True)
-        scores = [s.scores for s in selections if s.scores is not None]
-        log.choice(
-            step,
-            torch.cat([s.row_ids() for s in signals]),
-            torch.cat([s.weights for s in selections]),
-            torch.cat(scores) if len(scores) == len(selections) else None,
-            torch.cat([s.tokens for s in signals]),
-        )
+        parts = [s.scores for s in selections if s.scores is not None]
+        ids = torch.cat([s.row_ids() for s in signals]).tolist()
+        weights = torch.cat([s.weights for s in selections]).tolist()
+        scores = torch.cat(parts).tolist() if len(parts) == len(selections) else None
+        log.choice(step, ids, weights, scores, torch.cat([s.tokens for s in signals]))
+        if self.texts is not None:
+            self.texts.write()
+            self.texts.count(ids, (weight > 0 for weight in weights), scores)
         log.step(
             step=step,
             seconds=self.seconds,
@@ -293,6 +310,14 @@ class StepMeter(Meter):
         logs.update(self.drain())
         if self.undefined:
             logs["loss"] = math.nan
+        if self._log is not None and self._step:
+            self._log.logged(
+                step=self._step,
+                seconds=self.seconds,
+                cpu_seconds=self.cpu_seconds,
+                rows=self.rows,
+                loss=logs["loss"],
+            )
         self.undefined = False
 
     def drain(self) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from onlinesel.report.runlog import RunLog
 
-__all__ = ["Record", "model_settings", "optimizer_settings", "trainer_settings"]
+__all__ = ["Record", "model_settings", "optimizer_settings", "reference_kind", "trainer_settings"]
 
 # What does not belong to the arm: who the run is, where it goes, how it is watched and loaded.
 _APART = (
@@ -110,6 +110,14 @@ def optimizer_settings(optimizers: Sequence[Any]) -> dict[str, Any]:
     rates = dict.fromkeys(str(group.get("initial_lr", group.get("lr"))) for group in groups)
     names = dict.fromkeys(type(each).__name__ for each in optimizers)
     return {"optim": ", ".join(names), "learning_rate": ", ".join(rates)}
+
+
+def reference_kind(reference: Any) -> str | None:
+    """Return where a reference comes from: beforehand it costs nothing as ``"adapter"`` alone."""
+    if reference is None or reference == "adapter":
+        return reference
+    named = isinstance(reference, str)
+    return f"column {reference}" if named else f"model {type(reference).__name__}"
 
 
 def _plain(value: Any) -> bool:

@@ -14,7 +14,7 @@ from onlinesel.callbacks._shared.announce import epoch_steps, opening
 from onlinesel.callbacks._shared.labels import LabelRule, ask_model
 from onlinesel.callbacks._shared.meter import Place, StepMeter
 from onlinesel.callbacks._shared.micro_batch import MicroBatch
-from onlinesel.callbacks._shared.record import model_settings
+from onlinesel.callbacks._shared.record import model_settings, reference_kind
 from onlinesel.callbacks._shared.replay import HELD, SCORER, check_limit
 from onlinesel.callbacks._shared.replay import refuse as refuse_reuse
 from onlinesel.callbacks._shared.scorer import RowScorer
@@ -99,8 +99,8 @@ class StepSource:
     def _record_facts(self) -> dict[str, Any]:
         """Return the entries of ``run.json``, once a run begins."""
         settings = model_settings(self._scorer.core) | self.reader.facts() | self._told
-        name, seed = type(self.strategy).__name__, torch.initial_seed()
-        return self.facts() | {"name": name, "trainer_seed": seed, "settings": settings}
+        told = {"trainer_seed": torch.initial_seed(), "reference": reference_kind(self._reference)}
+        return self.facts() | told | {"name": type(self.strategy).__name__, "settings": settings}
 
     def facts(self) -> dict[str, Any]:
         """Return the settings that a checkpoint is held against and that ranks must share."""

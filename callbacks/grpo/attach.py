@@ -119,6 +119,7 @@ class RolloutSelection(AttachedCallback):
             on all ranks; None for no bound.
         record: Folder (or an open :class:`onlinesel.report.runlog.RunLog`) for ``onlinesel
             report`` and ``onlinesel prompts``.
+        record_text: Write what the first 2,000 prompts say into it, 400 characters of each.
 
     Raises:
         ValueError: The arguments, the trainer or its settings do not fit together; the message
@@ -160,6 +161,7 @@ class RolloutSelection(AttachedCallback):
         seed: int | None = None,
         reward_timeout: float | None = None,
         record: str | Path | RunLog | None = None,
+        record_text: bool = True,
     ) -> None:
         self.parts: dict[str, Any] = {
             "gate": gate, "refill": refill, "prompts": prompts, "rollouts": rollouts,
@@ -181,6 +183,7 @@ class RolloutSelection(AttachedCallback):
         scores = bool(advantages and advantages.needs_scores)
         self._tokens = TokenTerm(trainer, tokens, temperature, scores, fused_logprobs)
         self.meter = RolloutMeter(record, self._told)
+        self.meter.read_texts(trainer, record_text)
         self._maker: BatchMaker | None = None
         self._window = Window()
         log_probs = trainer._get_per_token_logps_and_entropies

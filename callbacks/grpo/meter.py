@@ -186,9 +186,25 @@ class RolloutMeter(Meter):
             trials=trials,
             kept=[group.number in filled.training for group in filled.scored],
         )
+        if self.texts is not None:
+            ids = [group.prompt for group in filled.scored]
+            self.texts.prompts(ids)
+            trains = [group.number in filled.training for group in filled.scored]
+            rates = [group.outcome.nanmean().item() for group in filled.scored]
+            self.texts.count(ids, trains, rates)
 
     def evaluated(self, step: int, logs: dict[str, float]) -> None:
-        """Note a held-out reward."""
+        """Note a held-out reward, or what the trainer logged of its training."""
+        if self._log is not None and {"loss", "reward"} <= logs.keys():
+            self._log.logged(
+                step=step,
+                seconds=self.seconds,
+                cpu_seconds=self.cpu_seconds,
+                rows=self.rows,
+                rollouts=self.rollouts,
+                loss=logs["loss"],
+                reward=logs["reward"],
+            )
         if self._log is not None and "eval_reward" in logs:
             self._log.evaluation(
                 step=step,

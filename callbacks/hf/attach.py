@@ -28,10 +28,10 @@ from onlinesel._base.arguments import OF_OTHER_HOSTS, spelled
 from onlinesel.callbacks._shared.announce import opening
 from onlinesel.callbacks._shared.meter import StepMeter
 from onlinesel.callbacks._shared.replay import HELD, Replay
-from onlinesel.callbacks._shared.trainers import is_zero3, seed_of
+from onlinesel.callbacks._shared.trainers import seed_of
 from onlinesel.callbacks.hf.checks import check_ranks, check_trainer, is_sft, refuse
 from onlinesel.callbacks.hf.columns import carried_columns, domain_sampler
-from onlinesel.callbacks.hf.fused import FusedHeadScorer
+from onlinesel.callbacks.hf.fused import default_scorer
 from onlinesel.callbacks.hf.loss import (
     UNDEFINED,
     WEIGHTS,
@@ -108,6 +108,7 @@ class OnlineSelection(AttachedCallback):
             mode without gradient. By default the scorer of causal language models.
         record: Folder (or an open :class:`onlinesel.report.runlog.RunLog`) in which every decision
             is written down for ``onlinesel report``. One that holds another run is refused.
+        record_text: Write what the first rows say into it (2,000 rows, 400 characters of each).
         reuse_forward: Let the scoring forward be the training forward as well, for models with
             gradient checkpointing: the outputs of the checkpointed layers are held for all
             candidates of the step on this rank, ``layers * rows * tokens * width`` numbers, until
@@ -156,6 +157,7 @@ class OnlineSelection(AttachedCallback):
         record: str | Path | RunLog | None = None,
         reuse_forward: bool = False,
         reuse_limit: float | None = None,
+        record_text: bool = True,
         log_all: bool = False,
     ) -> None:
         seed = seed_of(trainer) if seed is None else seed
@@ -187,12 +189,9 @@ class OnlineSelection(AttachedCallback):
             trainer, columns, factor=1 if shadow else candidates, plan=self._planned,
             sampler=self._domains,
         )  # fmt: skip
-        apart = is_sft(trainer) and is_zero3(trainer)
-        needs = [name for name in strategy.needs if name != "group"]  # which rides in the batch
-        self._scorer = score or (FusedHeadScorer if apart else CausalLMScorer)(
-            needs, reference=reference, **strategy.scorer_options
-        )
+        self._scorer = score or default_scorer(trainer, strategy, reference)
         self._meter = StepMeter(record, partial(record_facts, self), log_all=log_all, shadow=shadow)
+        self._meter.read_texts(trainer, record_text)
         self._trained, self._rows = TrainedLosses(), RowBatches()
         check_candidates("OnlineSelection", strategy, candidates)
         self._attach()
@@ -241,7 +240,7 @@ class OnlineSelection(AttachedCallback):
         batches, columns, ids, groups, given = self._rows.take_apart(self.trainer, batches)
         step = self.trainer.state.global_step
         decide = partial(self._plan(device).plan, columns, ids, step, groups, given)
-        plan = self._meter.deciding(decide, self._reuse, columns)
+        plan = self._meter.deciding(decide, self._reuse, columns, ids)
         self._loss_check.once(columns[0], self._rows.rebuild)
         self._trained.begin(plan.ids, plan.batches)
         if self.shadow:
@@ -291,8 +290,7 @@ class OnlineSelection(AttachedCallback):
         core = self.trainer.accelerator.unwrap_model(model)
         core = core.get_base_model() if hasattr(core, "get_base_model") else core
         tap = LossTap(multipliers)
-        fused = is_sft(self.trainer)
-        with Replay(held), tapped_loss(core, tap, fused=fused):
+        with Replay(held), tapped_loss(core, tap, fused=is_sft(self.trainer)):
             result = self._call["compute_loss"](model, inputs, *args, **kwargs)
         if self._observing:
             assert tap.row_loss is not None

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onlinesel.callbacks._shared.trainers import is_zero3
+from onlinesel.callbacks.hf.checks import is_sft
 from onlinesel.data.batch import IGNORED_LABEL
 from onlinesel.scoring import CausalLMScorer, evaluating
+from onlinesel.types import Strategy
 
-__all__ = ["FusedHeadScorer"]
+__all__ = ["FusedHeadScorer", "default_scorer"]
 
 
 class FusedHeadScorer(CausalLMScorer):
@@ -41,3 +44,13 @@ class FusedHeadScorer(CausalLMScorer):
         finally:
             handle.remove()
         return caught[0][:, -inputs["input_ids"].shape[1] :]
+
+
+def default_scorer(
+    trainer: Any, strategy: Strategy, reference: nn.Module | str | None
+) -> CausalLMScorer:
+    """Return the scorer of a trainer whose user gave none."""
+    apart = is_sft(trainer) and is_zero3(trainer)
+    needs = [name for name in strategy.needs if name != "group"]  # which rides in the batch
+    kind = FusedHeadScorer if apart else CausalLMScorer
+    return kind(needs, reference=reference, **strategy.scorer_options)

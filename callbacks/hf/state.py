@@ -12,7 +12,7 @@ from torch import Tensor
 from onlinesel.callbacks._shared.attached import check_settings
 from onlinesel.callbacks._shared.belonging import warn_of_no_state
 from onlinesel.callbacks._shared.checkpoint import load_selections, save_selection
-from onlinesel.callbacks._shared.record import trainer_settings
+from onlinesel.callbacks._shared.record import reference_kind, trainer_settings
 from onlinesel.callbacks.hf.checks import refuse
 from onlinesel.selector import Selector
 from onlinesel.types import Strategy
@@ -42,6 +42,7 @@ def record_facts(callback: Any) -> dict[str, Any]:
         **run_facts(callback, strategy),
         "name": type(strategy).__name__,
         "shadow": callback.shadow or None,
+        "reference": reference_kind(callback._reference),
         "trainer_seed": trainer.args.seed,
         "settings": trainer_settings(trainer),
     }
