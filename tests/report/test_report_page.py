@@ -309,7 +309,41 @@ def test_the_browser_check_can_fail(page: Path, browser: Browser, tmp_path: Path
     )
     broken.write_text(text, encoding="utf-8")
     browser.open(broken.as_uri())
+    kinds = [event["method"] for event in browser.events]
+    assert "Runtime.exceptionThrown" not in kinds  # the page's policy does not let it run
+    broken.write_text(text.replace("Content-Security-Policy", "none"), encoding="utf-8")
+    browser.open(broken.as_uri())
     found = browser.value(MEASURE)
     assert found["page"] > found["view"]
     kinds = [event["method"] for event in browser.events]
     assert "Runtime.exceptionThrown" in kinds and kinds.count("Network.requestWillBeSent") > 1
+
+
+USE = """(() => {
+  const table = document.querySelector("table.listing"), rows = () => [...table.tBodies[0].rows];
+  const column = [...table.tHead.rows[0].cells].findIndex(c => c.textContent.startsWith("UDS: tr"));
+  const button = table.tHead.rows[0].cells[column].querySelector("button");
+  const values = () => rows().map(row => parseFloat(row.cells[column].dataset.value));
+  button.click();
+  const down = values();
+  button.click();
+  const up = values();
+  const field = document.querySelector(".search input"), spot = document.querySelector(".tip");
+  field.value = "good 37";
+  field.dispatchEvent(new Event("input"));
+  spot.dispatchEvent(new PointerEvent("pointerenter"));
+  return {
+    down: down, up: up, found: document.querySelector(".search span").textContent,
+    shown: rows().filter(row => !row.hidden).map(row => row.cells[0].textContent),
+    tip: document.querySelector(".shown").textContent, label: spot.getAttribute("aria-label"),
+  };
+})()"""
+
+
+def test_tables_sort_and_are_searched_in_a_browser(page: Path, browser: Browser) -> None:
+    browser.open(page.as_uri())
+    found = browser.value(USE)
+    assert found["down"] == sorted(found["down"], reverse=True) and found["down"][-1] == 0
+    assert found["up"] == sorted(found["up"]) and found["up"][-1] == 1
+    assert "37" in found["shown"] and found["found"] == f"{len(found['shown'])} of 40 rows"
+    assert found["tip"] == found["label"] and found["tip"].startswith("Uniform, CPU seconds")
