@@ -99,8 +99,12 @@ class StepSource:
     def _record_facts(self) -> dict[str, Any]:
         """Return the entries of ``run.json``, once a run begins."""
         settings = model_settings(self._scorer.core) | self.reader.facts() | self._told
-        told = {"trainer_seed": torch.initial_seed(), "reference": reference_kind(self._reference)}
-        return self.facts() | told | {"name": type(self.strategy).__name__, "settings": settings}
+        return self.facts() | {
+            "name": type(self.strategy).__name__,
+            "trainer_seed": torch.initial_seed(),
+            "reference": reference_kind(self._scorer.reference),
+            "settings": settings,
+        }
 
     def facts(self) -> dict[str, Any]:
         """Return the settings that a checkpoint is held against and that ranks must share."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import onlinesel
 from onlinesel.callbacks._shared import texts
 from onlinesel.callbacks._shared.record import reference_kind
 from onlinesel.callbacks._shared.texts import Texts
@@ -29,6 +30,7 @@ from tests.callbacks.hosts import (
     make_tokenizer,
     make_trainer,
 )
+from tests.callbacks.loop_hosts import make_loader
 
 
 def words(row: dict[str, list[int]]) -> str:
@@ -274,4 +276,11 @@ def test_where_a_reference_comes_from_is_recorded(tmp_path: Path) -> None:
     )  # fmt: skip
     trainer.train()
     told = json.loads((tmp_path / "record" / "run.json").read_text())
+    assert told["reference"] == "model LlamaForCausalLM"
+    model, rows = make_model(), make_loader()
+    steps = onlinesel.steps(
+        rows, model, RHOLoss(), candidates=2, reference=make_model(), record=tmp_path / "loop"
+    )
+    next(iter(steps))
+    told = json.loads((tmp_path / "loop" / "run.json").read_text())
     assert told["reference"] == "model LlamaForCausalLM"
