@@ -22,7 +22,12 @@ from onlinesel.report.wording import listed, seconds, signed
 
 __all__ = ["NOT_TOLD", "PAYS", "PAYS_NOT", "Verdict", "judge", "judged", "with_costs"]
 
-PAYS, PAYS_NOT, NOT_TOLD = "pays", "does not pay here", "cannot be told"
+PAYS = "pays"
+"""Better than uniform at equal time, and the interval excludes zero."""
+PAYS_NOT = "does not pay here"
+"""Worse than uniform at equal time, and the interval excludes zero."""
+NOT_TOLD = "cannot be told"
+"""Something is missing, which the verdict names, or the seeds do not separate the two."""
 _SAME = 0.05  # share of the time by which runs of an equal time may end apart
 
 
