@@ -17,13 +17,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
 
 from onlinesel import rl, strategies
-from onlinesel.recipes._capability_hosts import Case, probe
 from onlinesel.strategies import TopLoss
+
+try:
+    import datasets
+    import transformers
+
+    from onlinesel.recipes._capability_hosts import Case, probe
+except ImportError as error:
+    raise ImportError(
+        "onlinesel.recipes.capabilities needs TRL, PEFT and Lightning: "
+        'pip install "onlinesel[trl,lightning]".'
+    ) from error
 
 __all__ = ["FEATURES", "METHODS", "PARTS", "Table", "filled", "main", "tables"]
 

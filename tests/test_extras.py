@@ -79,7 +79,8 @@ def test_what_needs_nothing_but_torch() -> None:
     needing = {name for name, error in found.items() if error is not None}
     assert needing == {
         "onlinesel.callbacks.dpo", "onlinesel.callbacks.grpo", "onlinesel.callbacks.hf",
-        "onlinesel.callbacks.lightning", "onlinesel.recipes.bench_step", "onlinesel.recipes.demo",
+        "onlinesel.callbacks.lightning", "onlinesel.recipes.bench_step",
+        "onlinesel.recipes.capabilities", "onlinesel.recipes.demo",
         "onlinesel.recipes.demo_grpo", "onlinesel.recipes.grpo", "onlinesel.recipes.sft",
         "onlinesel.report.curves", "onlinesel.report.drawing", "onlinesel.report.figures",
         "onlinesel.report.findings", "onlinesel.report.kept", "onlinesel.report.listing",
