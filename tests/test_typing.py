@@ -16,6 +16,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = """\
+from typing import Any
+
 import onlinesel
 from onlinesel.callbacks.dpo import PreferenceSelection
 from onlinesel.callbacks.grpo import RolloutSelection
@@ -24,23 +26,24 @@ from onlinesel.callbacks.lightning import OnlineSelection as LightningSelection
 from onlinesel.rl import TARS, ZeroVariance
 from onlinesel.strategies import TopLoss
 
-model, trainer = ..., ...  # type: ignore
-for step in onlinesel.steps([], model, TopLoss(), candidates=4, scope="rank", normalize="rows"):
-    step.micro_batches[0].batch
-onlinesel.steps([], model, TopLoss(), bogus=3)  # wrong
-onlinesel.steps([], model, TopLoss(), scope="gobal")  # wrong
-onlinesel.steps([], model, TopLoss(), normalize="words")  # wrong
-onlinesel.stepz  # wrong
-OnlineSelection(trainer, TopLoss(), candidates=4, scope="global", normalize=None).detach()
-OnlineSelection(trainer, TopLoss(), candidate=4)  # wrong
-OnlineSelection(trainer, TopLoss(), scope="gobal")  # wrong
-OnlineSelection(trainer, TopLoss).detached()  # wrong
-LightningSelection(TopLoss(), scope="batch", normalize="samples")
-LightningSelection(TopLoss(), normalize="words")  # wrong
-RolloutSelection(trainer, gate=ZeroVariance())
-RolloutSelection(trainer, gates=ZeroVariance())  # wrong
-PreferenceSelection(trainer, TARS())
-PreferenceSelection(trainer, 3)  # wrong
+
+def use(model: Any, trainer: Any) -> None:
+    for step in onlinesel.steps([], model, TopLoss(), candidates=4, scope="rank", normalize="rows"):
+        step.micro_batches[0].batch
+    onlinesel.steps([], model, TopLoss(), bogus=3)  # wrong
+    onlinesel.steps([], model, TopLoss(), scope="gobal")  # wrong
+    onlinesel.steps([], model, TopLoss(), normalize="words")  # wrong
+    onlinesel.stepz  # wrong
+    OnlineSelection(trainer, TopLoss(), candidates=4, scope="global", normalize=None).detach()
+    OnlineSelection(trainer, TopLoss(), candidate=4)  # wrong
+    OnlineSelection(trainer, TopLoss(), scope="gobal")  # wrong
+    OnlineSelection(trainer, TopLoss).detached()  # wrong
+    LightningSelection(TopLoss(), scope="batch", normalize="samples")
+    LightningSelection(TopLoss(), normalize="words")  # wrong
+    RolloutSelection(trainer, gate=ZeroVariance())
+    RolloutSelection(trainer, gates=ZeroVariance())  # wrong
+    PreferenceSelection(trainer, TARS())
+    PreferenceSelection(trainer, 3)  # wrong
 """
 WRONG = [n for n, line in enumerate(SCRIPT.splitlines(), 1) if line.endswith("# wrong")]
 # Frameworks cost a minute and are not what is asked about here.
