@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ from transformers import TrainerCallback
 from onlinesel.callbacks._shared.belonging import check_added, check_own
 from onlinesel.callbacks._shared.wrapping import take_off, wrap
 
-__all__ = ["AttachedCallback", "check_settings", "seed_of_rank"]
+__all__ = ["AttachedCallback"]
 
 
 class AttachedCallback(TrainerCallback):
@@ -75,30 +74,3 @@ class AttachedCallback(TrainerCallback):
 
     def _end(self) -> None:
         """Close what :meth:`_begin` opened; also after an error."""
-
-
-def seed_of_rank(seed: int, rank: int | None) -> int:
-    """Return a seed of this rank's own, so that ranks do not draw the same for different rows."""
-    return seed + 1_000_003 * (rank or 0)
-
-
-def check_settings(
-    refuse: Callable[[str, str, object, str], Any],
-    checkpoint: str,
-    before: Mapping[str, Any],
-    now: Mapping[str, Any],
-) -> None:
-    """Refuse to resume with other settings than those that wrote a checkpoint.
-
-    Args:
-        refuse: Raises the callback's designed error.
-        checkpoint: The folder.
-        before: The checkpoint's facts.
-        now: The settings of this run.
-    """
-    for name, value in now.items():
-        if before.get(name) != value:
-            refuse(
-                name, f"the checkpoint's ({before.get(name)})", value,
-                f"Resume {checkpoint} with the arguments that wrote it.",
-            )  # fmt: skip

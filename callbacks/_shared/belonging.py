@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["check_added", "check_own", "warn_of_no_state", "warn_of_workers"]
+__all__ = ["check_added", "check_own", "check_settings", "warn_of_no_state", "warn_of_workers"]
 
 
 def check_added(callback: Any) -> None:
@@ -55,3 +56,26 @@ def warn_of_workers(args: Any) -> None:
             "False where that matters.",
             stacklevel=2,
         )
+
+
+def check_settings(
+    refuse: Callable[[str, str, object, str], Any],
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    checkpoint: str | None = None,
+) -> None:
+    """Refuse to resume with other settings than those that wrote a checkpoint.
+
+    Args:
+        refuse: Raises the host's designed error.
+        before: The checkpoint's facts.
+        now: The settings of this run.
+        checkpoint: Its folder, where there is one.
+    """
+    what = "Resume" if checkpoint is None else f"Resume {checkpoint}"
+    for name, value in now.items():
+        if before.get(name) != value:
+            refuse(
+                name, f"the checkpoint's ({before.get(name)})", value,
+                f"{what} with the arguments that wrote it.",
+            )  # fmt: skip

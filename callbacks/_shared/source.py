@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from onlinesel.callbacks._shared.announce import epoch_steps, opening
+from onlinesel.callbacks._shared.belonging import check_settings
 from onlinesel.callbacks._shared.labels import LabelRule, ask_model
 from onlinesel.callbacks._shared.meter import Place, StepMeter
 from onlinesel.callbacks._shared.micro_batch import MicroBatch
@@ -20,13 +21,10 @@ from onlinesel.callbacks._shared.replay import refuse as refuse_reuse
 from onlinesel.callbacks._shared.scorer import RowScorer
 from onlinesel.data.columns import map_tensors
 from onlinesel.data.loader import CandidateLoader, Candidates
+from onlinesel.data.randomness import seed_of_rank
 from onlinesel.data.rows import FILLER_ID
-from onlinesel.parallel.agreement import (
-    check_arguments,
-    check_candidates,
-    check_scorer,
-    check_settings,
-)
+from onlinesel.parallel.agreement import check_arguments, check_candidates, check_scorer
+from onlinesel.parallel.agreement import check_settings as check_ranks
 from onlinesel.parallel.distributed import gather_signals, rank, world_size
 from onlinesel.scoring.own import Score
 from onlinesel.selector import Selector
@@ -154,11 +152,10 @@ class StepSource:
             ids=self.ids, groups=self.groups, plan=self.strategy.epoch_plan, order=self.order,
             pad_id=pad_id, device=self.device, thin=self.selector.rows_of_epoch if asked else None,
         )  # fmt: skip
-        check_settings(self.owner, self.facts() | self.reader.facts(), self.device)
+        check_ranks(self.owner, self.facts() | self.reader.facts(), self.device)
         check_candidates(self.owner, self.strategy, self.candidates)
         if self.scope != "global" and world_size() > 1 and self.selector.step == 0:
-            # Ranks that decide alone must not draw the same numbers for different rows.
-            self.selector = Selector(self.strategy, seed=self.seed + 1_000_003 * rank())
+            self.selector = Selector(self.strategy, seed=seed_of_rank(self.seed, rank()))
         self._planner = StepPlanner(
             self.selector, self._scorer, candidates=self.candidates, scope=self.scope,
             normalize=self.normalize, pad_id=pad_id, device=self.device,
@@ -281,12 +278,7 @@ class StepSource:
             self.refuse(
                 "state", "of format 1", state.get("format"), "Pass what state_dict() returned."
             )
-        for name, value in self.facts().items():
-            if state["facts"][name] != value:
-                self.refuse(
-                    name, f"the checkpoint's ({state['facts'][name]})", value,
-                    "Resume with the arguments that wrote it.",
-                )  # fmt: skip
+        check_settings(self.refuse, state["facts"], self.facts())
         self.reader.load_state_dict(state["data"])
         self.open, self._seen = False, []
         alone = self.scope != "global"

@@ -24,20 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onlinesel.callbacks._shared.belonging import warn_of_no_state
+from onlinesel.callbacks._shared.belonging import check_settings, warn_of_no_state
 from onlinesel.callbacks._shared.hosts import TESTED_TRL, right_callback
 from onlinesel.callbacks._shared.precision import warn_slow_bfloat16
 from onlinesel.callbacks._shared.versions import check_version
 from onlinesel.callbacks._shared.wrapping import overridden
 from onlinesel.callbacks.dpo.weigh import TOKEN_VALUE, CarryTokenValues, WeighedModel, refuse
+from onlinesel.data.randomness import seed_of_rank
 from onlinesel.rl.preference import PreferenceTerms, PreferenceTokens, PreferenceWeights
 
 try:
-    from onlinesel.callbacks._shared.attached import (
-        AttachedCallback,
-        check_settings,
-        seed_of_rank,
-    )
+    from onlinesel.callbacks._shared.attached import AttachedCallback
     from onlinesel.callbacks._shared.checkpoint import load_selection, save_selection
 except ImportError as error:
     raise ImportError(
@@ -194,7 +191,7 @@ class PreferenceSelection(AttachedCallback):
             warn_of_no_state("PreferenceSelection", checkpoint)
             return
         tensors, facts = found
-        check_settings(refuse, checkpoint, facts, self._facts())
+        check_settings(refuse, facts, self._facts(), checkpoint)
         self._generator.set_state(tensors["generator"])
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onlinesel.callbacks._shared.attached import check_settings
-from onlinesel.callbacks._shared.belonging import warn_of_no_state
+from onlinesel.callbacks._shared.belonging import check_settings, warn_of_no_state
 from onlinesel.callbacks._shared.checkpoint import load_selection, save_selection
 from onlinesel.callbacks._shared.trainers import is_stream
 from onlinesel.callbacks.grpo.checks import refuse
@@ -192,7 +191,7 @@ def load_run(
     if found is None:
         warn_of_no_state(owner, checkpoint)
         return None
-    check_settings(refuse, checkpoint, found[1], {**facts, "world_size": world_size()})
+    check_settings(refuse, found[1], {**facts, "world_size": world_size()}, checkpoint)
     _check_data(trainer, found[1], owner)
     own = load_selection(checkpoint, rank=trainer.args.process_index, name=_NAME, owner=owner)
     assert own is not None

@@ -41,6 +41,7 @@ from onlinesel.callbacks.hf.loss import (
     tapped_loss,
 )
 from onlinesel.callbacks.hf.observed import TrainedLosses
+from onlinesel.data.randomness import seed_of_rank
 from onlinesel.data.rows import ROW_ID
 from onlinesel.mixing import Mixture
 from onlinesel.parallel.agreement import check_arguments, check_candidates
@@ -52,7 +53,7 @@ from onlinesel.step import StepPlanner
 from onlinesel.types import Normalize, Scope, Signals, Strategy
 
 try:
-    from onlinesel.callbacks._shared.attached import AttachedCallback, seed_of_rank
+    from onlinesel.callbacks._shared.attached import AttachedCallback
     from onlinesel.callbacks._shared.reuse import reuse_in_trainer
     from onlinesel.callbacks.hf.batches import RowBatches
     from onlinesel.callbacks.hf.data import TrainingData

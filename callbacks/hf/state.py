@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from onlinesel.callbacks._shared.attached import check_settings
-from onlinesel.callbacks._shared.belonging import warn_of_no_state
+from onlinesel.callbacks._shared.belonging import check_settings, warn_of_no_state
 from onlinesel.callbacks._shared.checkpoint import load_selections, save_selection
 from onlinesel.callbacks._shared.record import reference_kind, trainer_settings
 from onlinesel.callbacks.hf.checks import refuse
@@ -128,7 +127,7 @@ def resume_run(
         return None
     step = states[0][1]["step"]
     for _, facts in states:
-        check_settings(refuse, checkpoint, facts, settings | {"step": step})
+        check_settings(refuse, facts, settings | {"step": step}, checkpoint)
     me = rank or 0
     tensors, facts = states[me % len(states)]
     if len(states) == 1 and (rank is None or facts["world_size"] == world_size):

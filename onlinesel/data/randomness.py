@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PROGRAM", "program_state", "set_program_state", "undisturbed"]
+__all__ = ["PROGRAM", "program_state", "seed_of_rank", "set_program_state", "undisturbed"]
 
 PROGRAM = 3
 """Generators of a program: those of torch, of Python and of numpy."""
@@ -21,6 +21,16 @@ _SIZE = 5056
 """Bytes of the state of torch's CPU generator, and of every row here."""
 _PYTHON = struct.Struct("<625I?d")
 _NUMPY = struct.Struct("<?624II?d")
+
+
+def seed_of_rank(seed: int, rank: int | None) -> int:
+    """Return a rank's own seed: ranks that decide alone must not draw the same for other rows.
+
+    Args:
+        seed: What the user gave.
+        rank: The rank; None where all decide alike.
+    """
+    return seed + 1_000_003 * (rank or 0)
 
 
 def _row(content: bytes) -> Tensor:
