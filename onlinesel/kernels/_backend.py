@@ -7,6 +7,7 @@ has been timed and nothing else.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -30,6 +31,19 @@ BACKENDS = ("auto", "torch", "tile", "triton")
 
 # Looked for once: torch.compile cannot trace the search (torch 2.11 refuses the graph).
 _TRITON = importlib.util.find_spec("triton") is not None
+# The fused kernel was compiled and run with 3.6; 3.4 does not compile it.
+_OLDEST = (3, 6)
+
+
+def _triton_version() -> tuple[int, ...]:
+    """Return the version of Triton, that of the oldest that serves where nobody can tell."""
+    try:
+        return tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return _OLDEST  # of another name, as some builds have
+
+
+_VERSION = _triton_version()
 
 
 def choose_backend(
@@ -55,7 +69,7 @@ def choose_backend(
 
     Raises:
         ValueError: The backend is unknown, or cannot run on this device or dtype.
-        ImportError: The backend needs triton, which is not installed.
+        ImportError: The backend needs triton, which is not installed or too old.
     """
     if backend not in BACKENDS:
         raise ValueError(
@@ -73,7 +87,7 @@ def choose_backend(
     if backend == "auto":
         if device.type != "cuda" or dtype == torch.float64 or not _TRITON:
             return "torch"
-        if tiled:
+        if tiled or _VERSION < _OLDEST:
             return "tile"
         return _fastest(measured_row(device, dtype, width, measured))
     if dtype == torch.float64:
@@ -81,16 +95,26 @@ def choose_backend(
             f'{owner}: backend must be "torch" for float64 inputs, got {backend!r}. '
             "The Triton kernels sum in float32."
         )
-    if not _TRITON:
-        raise ImportError(
-            f'{owner}: backend {backend!r} needs triton: pip install "onlinesel[triton]".'
-        )
+    _check_triton(owner, backend)
     if device.type != "cuda" and not interpreting():
         raise ValueError(
             f'{owner}: backend must be "torch" or "auto" on {device.type}, got {backend!r}. '
             "Triton kernels need a CUDA device."
         )
     return backend
+
+
+def _check_triton(owner: str, backend: str) -> None:
+    """Refuse a backend whose triton is missing or too old."""
+    if not _TRITON:
+        raise ImportError(
+            f'{owner}: backend {backend!r} needs triton: pip install "onlinesel[triton]".'
+        )
+    if backend == "triton" and _VERSION < _OLDEST:
+        raise ImportError(
+            f"{owner}: backend 'triton' needs triton 3.6 or newer, got {_VERSION}. Take torch "
+            '2.11 or newer, which brings it, or pass backend="tile".'
+        )
 
 
 def backend_for(

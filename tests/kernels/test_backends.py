@@ -184,6 +184,20 @@ def test_without_triton(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_backend("f", "auto", torch.device("cuda"), torch.float32, 4) == "torch"
 
 
+@needs_triton
+def test_a_triton_that_is_too_old_for_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "_VERSION", (3, 4))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ImportError, match=r"f: backend 'triton' needs triton 3.6 or .*2.11 or"):
+        choose_backend("f", "triton", CPU, torch.float32, 4)
+    assert choose_backend("f", "tile", CPU, torch.float32, 4) == "tile"
+    on, row = torch.device("cuda"), Measured((9, 0), torch.float32, 9, "triton")
+    monkeypatch.setattr(_backend, "measured_row", lambda *_: row)
+    assert choose_backend("f", "auto", on, torch.float32, 4) == "tile"
+    monkeypatch.setattr(_backend, "_VERSION", (3, 6))
+    assert choose_backend("f", "auto", on, torch.float32, 4) == "triton"
+
+
 @pytest.mark.parametrize(("change", "text"), [
     ({"backend": "cuda"}, r"backend must be one of auto, torch, tile, triton, got 'cuda'. Pass"),
     ({"temperature": 0.0}, r"temperature must be positive and finite, got 0.0. Pass None"),
