@@ -114,7 +114,7 @@ def _nearness(wait: Wait) -> int:
     """Return 0 for the host's own methods, 1 for what it is asked to do besides, 2 for ours."""
     if wait.line.startswith("onlinesel."):
         return 2
-    return 0 if wait.through is None or "OnlineSelection._on_" in wait.through else 1
+    return 0 if wait.through is None or "._on_" in wait.through else 1
 
 
 class _SecondStep(TrainerCallback):

@@ -20,6 +20,7 @@ from onlinesel.bench._compile import (
     usage,
 )
 from onlinesel.kernels._blocks import Blocks, default_blocks
+from tests.launching import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 MISSING = importlib.util.find_spec("triton") is None
@@ -32,7 +33,7 @@ def test_the_numbers_in_the_interpreter() -> None:
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no",
          "--tb=short", "tests/kernels/interpreted.py", "tests/kernels/interpreted_policy.py"],
         cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
-        timeout=280,
+        timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert int(re.findall(r"(\d+) passed", done.stdout)[0]) >= 50
