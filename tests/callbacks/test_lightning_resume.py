@@ -276,7 +276,7 @@ def test_a_checkpoint_without_selection_is_refused_in_mid_epoch(tmp_path: Path) 
             make_trainer(SaveAt(path, batches), max_epochs=2).fit(
                 Classifier(), loader(classified(ROWS))
             )
-    with pytest.raises(ValueError, match="checkpoint must be one of a run with OnlineSelection"):
+    with pytest.raises(ValueError, match="checkpoint must be one of a run with LightningSelection"):
         run(TopLoss(), shuffled, path=middle)
     for counted in ({}, {"max_epochs": -1, "max_steps": 25 + 7}):
         after, _ = run(TopLoss(), shuffled, path=end, **counted)
