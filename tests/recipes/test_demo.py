@@ -239,6 +239,8 @@ def test_a_whole_demo_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("whom", ["all", "the demo"])
 def test_a_stopped_demo_leaves_no_worker_behind(whom: str, tmp_path: Path) -> None:
     code = (
+        # Whoever runs the tests in the background has Ctrl-C ignored, and so would the demo.
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from tests.recipes.test_demo import TINY, recipe\nfrom pathlib import Path\n"
         f"recipe.run_demo(recipe.Demo(Path({str(tmp_path)!r}), seconds=600.0, warm=TINY))"
     )
