@@ -13,6 +13,7 @@ OF_THE_TRAINER = {
     "mixture": "Pass order=DomainSampler(domains, mixture), of onlinesel.mixing.",
     "shadow": "Only the Trainer's OnlineSelection watches without a change; Uniform() trains all.",
     "scorer": "It is called score.",
+    "record_text": "Rows are not decoded here: no tokenizer is known. Their ids are recorded.",
 }
 """Arguments that transformers' Trainer alone has, with what to do elsewhere."""
 
