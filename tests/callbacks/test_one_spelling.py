@@ -22,7 +22,8 @@ HOSTS = {
     "steps": Steps,
 }  # fmt: skip
 OWN = {  # of one host, and refused by name in the others
-    "OnlineSelection": {"mixture", "shadow", "record_text"}, "LightningSelection": {"order", "accumulate"},
+    "OnlineSelection": {"mixture", "shadow", "record_text"},
+    "LightningSelection": {"order", "accumulate"},
     "steps": {"order", "accumulate", "gradient_factor"},
 }  # fmt: skip
 
