@@ -38,6 +38,13 @@ def make_model(lora: bool = False, **config: Any) -> Any:
     return model
 
 
+def checkpointed(model: Any) -> Any:
+    """Let a model checkpoint its layers, by the name that transformers has for it."""
+    name = "activation_checkpointing_enable"  # newer transformers
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+    return model
+
+
 def make_rows(count: int = 48, seed: int = 0) -> list[dict[str, list[int]]]:
     """Rows of ragged length whose first two tokens carry no loss."""
     g = torch.Generator().manual_seed(seed)

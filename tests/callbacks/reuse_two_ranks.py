@@ -15,7 +15,7 @@ import torch.distributed as dist
 import onlinesel
 from onlinesel.strategies import UDS, LossReweight, TopLoss
 from tests.callbacks import engines, loop_two_ranks
-from tests.callbacks.hosts import make_model, make_sft_trainer
+from tests.callbacks.hosts import checkpointed, make_model, make_sft_trainer
 from tests.callbacks.loop_hosts import make_loader, sgd, train
 from tests.callbacks.two_ranks import KeepIds, run
 from tests.launching import begin, leave
@@ -80,7 +80,7 @@ def counted(folder: Path, name: str, options: dict[str, Any]) -> Any:
 def loop(folder: Path, engine: str, lora: bool) -> None:
     """One step of two micro-batches in a plain loop."""
     model = make_model(lora=lora).train()
-    model.activation_checkpointing_enable()
+    checkpointed(model)
     layers = (model.base_model.model if lora else model).model.layers
     model = loop_two_ranks.wrap(engine, model, layers=layers)
     options, name = {"candidates": 3, "accumulate": 2, "reuse_forward": True}, f"loop-{lora}"

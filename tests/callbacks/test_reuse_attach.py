@@ -26,6 +26,7 @@ from onlinesel.strategies import TopLoss
 from tests.callbacks.hosts import (
     arguments,
     attach,
+    checkpointed,
     collate,
     make_model,
     make_rows,
@@ -122,7 +123,7 @@ def test_parts_of_layers_that_are_sharded_alone_are_refused() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         model = make_model()
-        model.activation_checkpointing_enable()
+        checkpointed(model)
         fully_shard(model.model.layers[1].mlp, mesh=init_device_mesh("cpu", (1,)))
         reuse, batch = ReusedForward(model), {"input_ids": torch.ones(1, 2, dtype=torch.long)}
         reuse.mark([batch])

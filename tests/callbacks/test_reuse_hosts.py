@@ -11,7 +11,7 @@ import onlinesel
 from onlinesel import Signals, When
 from onlinesel.callbacks.lightning import OnlineSelection
 from onlinesel.strategies import LossReweight, TopLoss, Uniform
-from tests.callbacks.hosts import ASKED, make_model, make_rows
+from tests.callbacks.hosts import ASKED, checkpointed, make_model, make_rows
 from tests.callbacks.lightning_hosts import (
     QUIET_LIGHTNING,
     Language,
@@ -32,7 +32,7 @@ def watched(model: Any) -> list[int]:
     rows: list[int] = []
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
-    model.activation_checkpointing_enable()
+    checkpointed(model)
     return rows
 
 
