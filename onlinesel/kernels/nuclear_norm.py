@@ -31,8 +31,9 @@ _POLAR_STEPS, _POLAR_LOWER = 13, 3.0e-7
 # No step aims below this share of its upper bound: the polynomial that is best down to a tiny lower
 # bound takes some large singular values close to 0, where float32 rounds their directions away.
 _POLAR_CUSHION = 0.024
-# Whose tensor cores multiply float64 as fast as the others do float32: A100, H100 and H200, B200.
-_FAST_DOUBLE = ((8, 0), (9, 0), (10, 0))
+# Whose tensor cores multiply float64 as fast as the others do float32, by their data sheets: A100,
+# H100 and H200. B200 does half of that, and most others a small part.
+_FAST_DOUBLE = ((8, 0), (9, 0))
 _POLAR_SAFETY = 1.01  # without it, rounding pushes a singular value past 1 and the steps diverge
 
 
@@ -59,7 +60,7 @@ def logit_nuclear_norm(
             anything, nan included.
         method: ``"gram"``: eigenvalues of the smaller of ``A A^T`` and ``A^T A`` in float64, found
             on the CPU. ``"polar"``: products only, for accelerators, where solvers are slow; in
-            float32, or in float64 where that is as fast (A100, H100, H200, B200). Singular values
+            float32, or in float64 where that is as fast (A100, H100, H200). Singular values
             below 3e-7 of their norm may count in part. ``"svd"``: singular values of ``A`` in
             float64, for audits. ``"stream"``: ``Z Z^T`` in float64 over vocabulary parts, which
             alone knows soft caps. ``"auto"``: stream under a soft cap, else polar on an accelerator
